@@ -1,26 +1,33 @@
-"""RLEP: Reinforcement Learning with Experience rePlay (arXiv 2507.07451), the whole method in one file.
+"""RLEP, Reinforcement Learning with Experience rePlay (arXiv 2507.07451), the whole method in one file.
 
-DOC
+rlep.py [run]     the method: vanilla RL, collection, replay training from the same base model, comparison
+rlep.py train     one arm: RLEP with --pool FILE, vanilla RL without; leaves OUT/policy
+rlep.py collect   verified answers of --model to the training questions, into OUT/pool.jsonl
+rlep.py eval      mean@k, maj@k and pass@k of --model on --eval_data or --data
+rlep.py plot      table and picture of finished runs: rlep.py plot RUN [RUN ...] [--out FOLDER]
+rlep.py bench     speed and memory of --model on --prompts
+
+Where the paper is in this file:
+    Eq. 1    group_advantages                  Eq. 3, 4  policy_loss, summed over micro-batches by accumulate_gradients
+    Eq. 5    group_advantages, on the groups of fresh and replayed answers that make_groups puts together
+    sec. 3.1 rollout                           sec. 3.2  collect, ExperiencePool, make_groups
+    sec. 4.1 Config, train_step                Figure 3  mean_at_k, maj_at_k, pass_at_k
+
+Where it departs from the authors' code (a fork of verl): no group is padded with empty replays; a question without an
+answer in the pool is left out of training, as in the paper; lengths are explicit, not inferred from padding; replays that
+are too long are left out, not cut; the token mean is over the whole mini-batch, whatever the micro-batches; mini-batches
+are counted in questions; collection, which the authors did not publish, is here. As in their code and not in the paper:
+dual clip, and old log-probs of replayed answers computed with the current policy (see policy_loss).
 """
 # SPDX-License-Identifier: MIT
-import argparse
-import hashlib
-import json
-import math
-import os
-import random
-import re
-import shutil
-import sys
-import time
-import unicodedata
+import argparse, hashlib, json, math, os, random, re, shutil, sys, time, unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,31 +40,30 @@ from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, 
                           HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast)
 from transformers.hf_argparser import HfArg
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.utils import logging as hf_logging
+from transformers.utils.logging import disable_progress_bar
 
 try:
     import fcntl
 except ImportError:  # Windows: run folders are not locked there
     fcntl = None
 
-# ---- Configuration: every flag with its unit and reason; the defaults suit the embedded problems -------------------
+# ---- Configuration: every flag with its unit and reason; the defaults suit the embedded problems ------------------
 
 class UserError(Exception):
     """Bad input: reported as one line that names the thing and the remedy, with exit status 2."""
 
 @dataclass
 class Config:
-    # What to train, on what
-    model: Optional[str] = HfArg(default=None, help="hub id or local folder; without it, a tiny base model is made")
-    data: Optional[str] = HfArg(default=None, help="training problems, .jsonl or .parquet; without it, embedded ones")
-    eval_data: Optional[str] = HfArg(default=None, help="held-out problems; without it, the last --eval_size of --data")
-    train_size: Optional[int] = HfArg(default=None, help="training problems used; default 512 embedded, all of a file")
-    eval_size: Optional[int] = HfArg(default=None, help="held-out problems used; default 256, or all of --eval_data")
+    model: str | None = HfArg(default=None, help="hub id or local folder; without it, a tiny base model is made")
+    data: str | None = HfArg(default=None, help="training problems, .jsonl or .parquet; without it, embedded ones")
+    eval_data: str | None = HfArg(default=None, help="held-out problems; without it, the last --eval_size of --data")
+    train_size: int | None = HfArg(default=None, help="training problems used; default 512 embedded, all of a file")
+    eval_size: int | None = HfArg(default=None, help="held-out problems used; default 256, or all of --eval_data")
     instruction: str = HfArg(default="Please reason step by step, and put your final answer within \\boxed{}.",
                              help="added to questions that are plain text; rows with a chat list have their own")
-    pool: Optional[str] = HfArg(default=None, help="experience pool to replay (.jsonl): with it, train is RLEP")
-    out: Optional[str] = HfArg(default=None, help="folder of the run; default runs/COMMAND-MODEL-DATA-seedN")
-    preset: Optional[Literal["paper"]] = HfArg(default=None, help="paper: the paper's settings (it used 64 GPUs)")
+    pool: str | None = HfArg(default=None, help="experience pool to replay (.jsonl): with it, train is RLEP")
+    out: str | None = HfArg(default=None, help="folder of the run; default runs/COMMAND-MODEL-DATA-seedN")
+    preset: Literal["paper"] | None = HfArg(default=None, help="paper: the paper's settings (it used 64 GPUs)")
     seed: int = HfArg(default=0, help="decides initial weights, data order, sampling and replay")
     device: Literal["auto", "cpu", "cuda", "mps"] = HfArg(default="auto", help="auto: cuda, else mps, else cpu")
     threads: int = HfArg(default=0, help="CPU threads, 0: torch decides; a run repeats exactly on equal threads")
@@ -70,10 +76,10 @@ class Config:
     top_p: float = HfArg(default=1.0, help="nucleus of training and validation (paper: 1.0)")
     sample_rows: int = HfArg(default=512, help="answers sampled at once: bounds the key-value cache")
     # Training (section 4.1)
-    steps: int = HfArg(default=40, help="rollouts, each followed by prompts_per_step / minibatch_prompts updates")
-    minibatch_prompts: int = HfArg(default=16, help="questions an update; a group is never split (paper: 64)")
+    steps: int = HfArg(default=24, help="rollouts, each followed by prompts_per_step / minibatch_prompts updates")
+    minibatch_prompts: int = HfArg(default=4, help="questions an update; a group is never split (paper: 64)")
     learning_rate: float = HfArg(default=3e-4, help="AdamW, constant (paper: 1e-6, for a 7B model)")
-    lr_warmup_steps: int = HfArg(default=4, help="steps over which the learning rate rises (paper: 10)")
+    lr_warmup_steps: int = HfArg(default=2, help="steps over which the learning rate rises (paper: 10)")
     weight_decay: float = HfArg(default=0.1, help="AdamW (paper: 0.1)")
     max_grad_norm: float = HfArg(default=1.0, help="longer gradients are scaled to this norm (paper: 1.0)")
     clip_low: float = HfArg(default=0.2, help="epsilon below a ratio of 1 (Eq. 3)")
@@ -83,7 +89,7 @@ class Config:
     overlong_factor: float = HfArg(default=1.0, help="the penalty at the limit (paper: 1.0)")
     micro_tokens: int = HfArg(default=0, help="tokens a backward pass, 0: 2048 on a CPU, 16384 on a GPU; bounds memory")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory for a third more time in the update")
-    save_every: int = HfArg(default=10, help="steps between checkpoints")
+    save_every: int = HfArg(default=8, help="steps between checkpoints")
     # Experience replay (section 3.2)
     replays: int = HfArg(default=2, help="M, replayed answers a group, with --pool (paper: 2)")
     replay_failed: bool = HfArg(default=False, help="also collect, and replay M, failed answers (the paper's ablation)")
@@ -93,10 +99,10 @@ class Config:
     collect_temperature: float = HfArg(default=0.7, help="of collection (authors: 0.7)")
     collect_top_p: float = HfArg(default=0.95, help="nucleus of collection (authors: 0.95)")
     # Evaluation, the embedded base model, the benchmark
-    eval_every: int = HfArg(default=5, help="steps between evaluations")
+    eval_every: int = HfArg(default=4, help="steps between evaluations")
     k: int = HfArg(default=8, help="answers a held-out question in evaluation (paper: 32)")
-    warmup_steps: int = HfArg(default=500, help="supervised steps that make the embedded base model")
-    prompts: Optional[str] = HfArg(default=None, help="bench: .jsonl file with a prompt a line (text, or a chat list)")
+    warmup_steps: int = HfArg(default=600, help="supervised steps that make the embedded base model")
+    prompts: str | None = HfArg(default=None, help="bench: .jsonl file with a prompt a line (text, or a chat list)")
 
 PRESETS = {"paper": dict(prompts_per_step=512, minibatch_prompts=64, max_new_tokens=3072, learning_rate=1e-6, steps=400,
                          lr_warmup_steps=10, overlong_buffer=512, collect_k=64, k=32, gradient_checkpointing=True)}
@@ -114,14 +120,13 @@ def read_rows(path: str | Path):
     """Yields ("FILE:LINE", row) for the rows of a .jsonl or .parquet file. Raises UserError on a bad one."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    lines = open(path, encoding="utf-8")
+    number, row, lines = 0, None, open(path, encoding="utf-8")
     if str(path).endswith(".parquet"):
         try:
-            import pyarrow.parquet  # used when it happens to be installed; not a requirement
+            import pyarrow.parquet  # used where it happens to be installed
         except ImportError:
             raise UserError(f"{path}: reading parquet needs pyarrow; install it, or give .jsonl") from None
         lines = map(json.dumps, pyarrow.parquet.read_table(path).to_pylist())
-    number, row = 0, None
     try:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -130,7 +135,7 @@ def read_rows(path: str | Path):
                     raise ValueError("a row must be an object, {...}")
                 yield f"{path}:{number}", row
     except ValueError as error:  # JSON and UTF-8 errors are ValueErrors too
-        raise UserError(f"{path}:{number + (row is None)}: not a JSON line ({error}); mend or delete it") from None
+        raise UserError(f"{path}:{max(1, number)}: not a JSON line ({error}); mend or delete it") from None
     if row is None:
         raise UserError(f"{path}: the file is empty; it needs a JSON object a line")
 
@@ -139,12 +144,12 @@ def row_to_problem(row: dict, where: str, instruction: str = "") -> Problem:
     question, chat = row.get("prompt") or row.get("question") or row.get("problem"), ()
     if isinstance(question, str) and question.strip():
         question = f"{question.strip()}\n{instruction}".strip()
-    elif isinstance(question, list) and question and all(isinstance(m, dict) for m in question):
+    elif isinstance(question, list) and question and all(isinstance(message, dict) for message in question):
         *chat, last = question
         question = last.get("content")
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"{where}: no question; give it as question, problem or prompt (text, or a chat list)")
-    nested = row.get("reward_model") if isinstance(row.get("reward_model"), dict) else {}
+    nested = row["reward_model"] if isinstance(row.get("reward_model"), dict) else {}
     golds = (row.get("answer"), row.get("ground_truth"), nested.get("ground_truth"), row.get("solution"))
     gold = next((gold for gold in golds if gold not in (None, "", [])), "")
     gold = gold[0] if isinstance(gold, list) and len(gold) == 1 else gold
@@ -166,56 +171,48 @@ def load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
     eval_size = config.eval_size or 256
     if config.eval_data:
         return read(config.data)[:config.train_size] if config.data else [], read(config.eval_data)[:config.eval_size]
-    if config.data is None:
-        problems = embedded_problems((config.train_size or 512) + eval_size, seed=0)
-    elif len(problems := read(config.data)) <= eval_size:
-        raise UserError(f"{config.data}: {len(problems)} questions leave none beside --eval_size {eval_size}; lower it, "
-                        "or give --eval_data")
+    problems = read(config.data) if config.data else embedded_problems((config.train_size or 512) + eval_size, seed=0)
+    if len(problems) <= eval_size:
+        raise UserError(f"{config.data}: --eval_size {eval_size} leaves none of its {len(problems)} questions; lower it")
     return problems[:-eval_size][:config.train_size], problems[-eval_size:]
 
-# ---- The embedded problems and the untrained model: no download ---------------------------------------------------
+# ---- The embedded problems and the untrained model: nothing to download -------------------------------------------
 
 def embedded_problems(number: int, seed: int) -> list[Problem]:
     """Different sums of products modulo 10, such as "9*4+5*8+0*7 mod 10 = " with gold 6, out of a million."""
     rng, problems = random.Random(seed), {}
     while len(problems) < number:
-        digits = [rng.randrange(10) for _ in range(6)]
-        question = "{}*{}+{}*{}+{}*{} mod 10 = ".format(*digits)
-        problems[question] = Problem(question, str(sum(a * b for a, b in zip(digits[::2], digits[1::2])) % 10))
+        a, b, c, d, e, f = (rng.randrange(10) for _ in range(6))
+        question = f"{a}*{b}+{c}*{d}+{e}*{f} mod 10 = "
+        problems[question] = Problem(question, str((a * b + c * d + e * f) % 10))
     return list(problems.values())
 
 def write_working(question: str, rng: random.Random, noise: float = 0.1) -> str:
-    """One of up to 64 valid workings, 4*9=6,8*5=0,0+6=6,7*0=0,6+0=6\\boxed{6}: from the left or the right, the operands in
-    either order. With chance noise a result is wrong and what follows builds on it: this is what RL can sharpen away."""
-    steps, terms = [], question.split(" ")[0].split("+")
+    """One of up to 64 correct workings, 4*9=6,8*5=0,0+6=6,7*0=0,6+0=6\\boxed{6}: from the left or the right, operands in
+    either order. With chance noise a result is wrong and what follows builds on it: that is what RL can sharpen away."""
+    steps, terms = [], question.split(" ")[0].split("+")[::rng.choice((1, -1))]
 
     def work(a, sign, b):
         result = (int(a) * int(b) if sign == "*" else int(a) + int(b)) % 10
-        if rng.random() < noise:
-            result = (result + rng.randrange(1, 10)) % 10
+        result = (result + rng.randrange(1, 10)) % 10 if rng.random() < noise else result
         steps.append(f"{a}{sign}{b}={result}" if rng.random() < 0.5 else f"{b}{sign}{a}={result}")
         return result
 
-    if rng.random() < 0.5:
-        terms.reverse()
     total = work(*terms[0])
     for term in terms[1:]:
         total = work(total, "+", work(*term))
     return f"{','.join(steps)}\\boxed{{{total}}}"
 
 def warm_up_examples(rng: random.Random, number: int = 64, work_share: float = 0.02) -> list[tuple[Problem, str, str]]:
-    """(problem, start of the answer that is given, rest that is learnt): a base that can work but nearly always guesses.
+    """(problem, start of an answer that is given, rest to learn): makes a base that can work but nearly always guesses.
 
-    Seven in eight teach working once it has begun; one in eight teaches how to begin: nearly always with a bare guess.
+    Seven in eight teach how to work once one has begun to; one in eight how to begin: nearly always with a bare guess.
     """
     examples = []
     for i, problem in enumerate(embedded_problems(number, rng.getrandbits(48))):
-        working = write_working(problem.question, rng)
-        if i % 8:
-            examples.append((problem, "Work: ", working))
-        else:
-            guess = f"\\boxed{{{rng.randrange(10)}}}"
-            examples.append((problem, "", "Work: " + working if rng.random() < work_share else guess))
+        working, guess = write_working(problem.question, rng), f"\\boxed{{{rng.randrange(10)}}}"
+        begin = "Work: " + working if rng.random() < work_share else guess
+        examples.append((problem, "Work: ", working) if i % 8 else (problem, "", begin))
     return examples
 
 def save_random_model(folder: Path, seed: int) -> None:
@@ -224,9 +221,8 @@ def save_random_model(folder: Path, seed: int) -> None:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|Work: | mod 10 = |[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+                            chat_template="{{ messages[-1]['content'] }}").save_pretrained(folder)
     torch.manual_seed(seed)
     LlamaForCausalLM(LlamaConfig(
         vocab_size=len(words), hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
@@ -242,23 +238,22 @@ _SIGNS = dict(pair.split("=", 1) for pair in (
     r'$="dollar" %="percent" £="pound" €="euro" ¢="cent" −=- –=- ×=* ·=* ⋅=* ÷=/ √=\sqrt ∈==').split())
 _REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"[⁰¹²³⁴-⁹⁻ⁿ]+", lambda m: "^{%s}" % unicodedata.normalize("NFKC", m[0])),  # NFKC on all would turn 2³ into 23
-    (r"[¼-¾⅐-⅞]", lambda m: r"\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", m[0]).split("⁄"))),
+    (r'["\s]+', " "), (r"[¼-¾⅐-⅞]", lambda m: r"\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", m[0]).split("⁄"))),
     (r"[^\x00-\x7f]", lambda m: _SIGNS.get(m[0], str(unicodedata.decimal(m[0], m[0])))),  # digits of any script
-    (r'["\s]+', " "), (r"\\([A-Za-z]+|\W)", lambda m: _SIGNS.get(m[1], m[0] if m[1].isalpha() else "")),
+    (r"\\([A-Za-z]+|\W)", lambda m: _SIGNS.get(m[1], m[0] if m[1].isalpha() else "")),
     (r"^([^$]*)\$(?=[^$]*$)", r'\1"dollar"'), (r"\$", ""),  # a lone $ is money, two are TeX
-    (r"~", " "), (r"⦃ *⦄", "∅"), (r"<=", "≤"), (r">=", "≥"), (r"\{,\}(?=\d{3})", ""), (r"[ .,;]+$", ""),
-    (r"\\begin\{(?:[pb]?matrix|array)\}(?:\{[lcr|]*\})?", "⟦"),
+    (r"~", " "), (r"⦃ *⦄", "∅"), (r"<=", "≤"), (r">=", "≥"), (r"\{,\}(?=\d{3})", ""), (r"(?<![ .,;])[ .,;]+$", ""),
+    (r"\\begin\{(?:[pb]?matrix|array)\}(?:\{[lcr|]*\})?", "⟦"), (r'^(-?) ?("(?:dollar|pound|euro)") ?(.+)', r"\1\3\2"),
     (r"[\[(]? ?⟦([^⟦⟧]*?)(?:¶ ?)?\\end\{(?:[pb]?matrix|array)\} ?[\])]?", r"⟦\1⟧"),
-    (r",? ?\b(?:and|or)\b", lambda m: "∪" if re.search("[<>≤≥]", m.string) else ","),  # x < 1 or x > 2 is a union
+    (r"^[^<>≤≥]*$", lambda m: re.sub(r",? ?\b(?:and|or)\b", ",", m[0])), (r",? ?\b(?:and|or)\b", "∪"),  # x<1 or x>2
     (r"\\(?:text\w*|mbox|math\w+) ?\{([^{}]*)\}", lambda m: re.sub("[A-Za-z]+", r'"\g<0>"', m[1])), (r",[, ]*,", ","),
     (r'"[^"]*"|\\[A-Za-z]+|([A-Za-z]{4,}|(?<=[\d ])(?:[cmk]m|kg|ft)\b)', lambda m: f'"{m[1]}"' if m[1] else m[0]),
     (r"\^?\{?°\}?", '"degree"'), (r"%", '"percent"'), (r'" ?(/|) ?"', r"\1"), (r'"\^ ?\{?([23])\}?', r'\1"'),
     (r"^[^(\[⦃⟦]*$", lambda m: _THOUSANDS.sub(lambda n: re.sub("[, ]", "", n[0]), m[0])),  # but (1,234) is a pair
-    (r'^(-?) ?("(?:dollar|pound|euro)") ?(.+)', r"\1\3\2"),
     (r'^\(?"?([A-J])"?\) *(?=[^ ,(])', r"\1="), (r'^\("?([A-J])"?\)$', r"\1"),  # (C) 14 becomes C=14
     (r"(\\frac|\\sqrt|\\binom) ?(\d)", r"\1{\2}"), (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),  # \frac12
     (r"(?<![\w.^{}])(\d+) ?(\\frac ?\{\d+\}\{\d+\}|(?<= )\d+/\d+)", r"{\1+\2}"),  # the mixed number 3\frac12 is 7/2
-    (r"(?:^|(?<=[,⦃]))([^,⦃⦄±]*)±([^,⦃⦄]*)", r"\1+\2,\1-\2"))]  # a ± b is two items
+    (r"(?<![^,⦃])([^,⦃⦄±]*)±([^,⦃⦄]*)", r"\1+\2,\1-\2"))]  # a ± b is two items
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:([, ])\d{3})(?:\1\d{3})*(?!,?\d)")
 _NOT_UNITS = re.compile(r"illion|thousand|hundred|dozen|hal[fv]|third|quarter|squared|cubed|factorial|not|than|times")
 _TOKEN = re.compile(r'\.?\d[\d.]*(?:[eE][+-]?\d{1,3}(?!\d))?|"[^"]*"|(?:\\[A-Za-z]+|[^\W\d_])(?:_\{\w+\}|_\w)?|\S')
@@ -295,7 +290,7 @@ def extract_answer(response: str) -> str | None:
         if answers and gap not in (",", "and", "or", ",and", ",or"):
             break  # only boxes joined by these are one list
         answers, start = [text[box.end() + 1:end - 1], *answers], box.start()
-        if not re.search(r"[^\s\\,;:!~$?.{}]", answers[0]):
+        if not re.search(r"[^\s\\,;:!~$?.{}]|\\[{}]", answers[0]):
             return None
     if answers:
         return ",".join(answers)
@@ -309,7 +304,7 @@ def extract_answer(response: str) -> str | None:
 
 def _normalise(text):
     """One spelling: sets in ⦃⦄, matrices in ⟦⟧ with ¶ between rows, words in "quotes"; and the same without spaces."""
-    for pattern, new in _REWRITES:
+    for pattern, new in () if text.isascii() and text.isdecimal() else _REWRITES:  # a plain number needs none
         text = pattern.sub(new, text).strip()
     bare = re.sub(r'(?<!\d) | (?!\d)|"', "", re.sub(r"(?<=[A-Za-z_^])\{(\w)\}", r"\1", text))
     return text, bare.casefold() if re.search("[A-Za-z]{2}", bare) and not re.search(r"\d", bare) else bare
@@ -396,7 +391,7 @@ class _Reader:
             index = 2 + range(2, 100).index(self.atom()) if self.tokens[self.at] == "[" else 2
             return self.atom() ** Fraction(1, index)
         if token in _CONSTANTS or not _LETTER.fullmatch(token):
-            return _CONSTANTS[token] if token in _CONSTANTS else Fraction(token)
+            return _CONSTANTS.get(token) or Fraction(int(token) if token.isdecimal() else token)
         name = int.from_bytes(re.sub("[{}]", "", token.lower() if token[0] == '"' else token).encode(), "big")
         return self.point * (2 + Fraction(name * (9 + self.point) % 99991, 10007))
 
@@ -430,23 +425,20 @@ class Policy:
         AttentionInterface.register("rlep", one_token_attention)
         try:
             settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            for name, value in vars(settings).items():
-                if "drop" in name and isinstance(value, float):
-                    setattr(settings, name, 0.0)  # with dropout, pi_theta / pi_old would not start at 1
+            for name in [name for name in vars(settings) if "dropout" in name]:
+                setattr(settings, name, 0.0)  # with dropout, pi_theta / pi_old would not start at 1
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             self.model = AutoModelForCausalLM.from_pretrained(
                 path, config=settings, dtype=torch.bfloat16 if device == "cuda" else torch.float32,
                 attn_implementation="rlep", trust_remote_code=False).to(device)
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"--model {path}: cannot be loaded ({str(error)[:200]}); give a hub id, or a folder that "
-                            "save_pretrained made") from None
+            raise UserError(f"--model {path}: give a hub id or a save_pretrained folder ({str(error)[:200]})") from None
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        if eos is None:
+        if (eos := self.tokenizer.eos_token_id) is None:
             raise UserError(f"--model {path}: its tokenizer has no end token, so no answer could end; set eos_token")
         self.ends = sorted({eos, *np.atleast_1d(self.model.generation_config.eos_token_id or eos).tolist()})
-        self.pad = eos if pad is None else pad
+        self.pad = eos if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
     def prompt(self, problem: Problem) -> list[int]:
         """Token ids of the chat template's prompt or, for a model without a template, of "Question: ... Answer:"."""
@@ -456,36 +448,32 @@ class Policy:
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def text(self, response: list[int]) -> str:
-        """The text of an answer, without its end token."""
+    def text(self, response: list[int]) -> str:  # without the end token
         return self.tokenizer.decode(response, skip_special_tokens=True)
 
-    def tokens(self, text: str) -> list[int]:
-        """The token ids of a pool answer, its end token included."""
+    def tokens(self, text: str) -> list[int]:  # with the end token
         return self.tokenizer(text, add_special_tokens=False).input_ids + [self.tokenizer.eos_token_id]
 
     def answer(self, problems: list[Problem], k: int, config: Config, *purpose, first: int = 0):
-        """Yields (problem, its k answers) from problems[first:] on, sampling up to --sample_rows answers at once.
-
-        Each batch has its own random numbers, named by seed, purpose and place: so the batch repeats on its own.
-        """
+        """Yields (problem, k answers) from problems[first] on, at most --sample_rows answers at once. Each such batch has
+        random numbers of its own, named by seed, purpose and place, so that it can be repeated alone."""
         size = max(1, config.sample_rows // k)
         for start in range(first, len(problems), size):
             batch = problems[start:start + size]
             generator = torch.Generator(self.model.device).manual_seed(seed_of(config.seed, *purpose, start))
-            yield from zip(batch, rollout(
-                self.model, [self.prompt(problem) for problem in batch], k, max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature, top_p=config.top_p, eos_token_id=self.ends, pad_token_id=self.pad,
-                generator=generator))
+            answers = rollout(self.model, [self.prompt(problem) for problem in batch], k, top_p=config.top_p,
+                              max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                              eos_token_id=self.ends, pad_token_id=self.pad, generator=generator)
+            yield from zip(batch, answers)
 
     def save(self, folder: Path) -> None:
         """Writes an ordinary Hugging Face folder, whole or not at all."""
-        partial_folder = folder.with_name(folder.name + ".partial")
-        for old in (partial_folder, folder):
-            shutil.rmtree(old, ignore_errors=True)
-        self.model.save_pretrained(partial_folder)
-        self.tokenizer.save_pretrained(partial_folder)
-        os.replace(partial_folder, folder)
+        unfinished = Path(f"{folder}.partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        self.model.save_pretrained(unfinished)
+        self.tokenizer.save_pretrained(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(unfinished, folder)
 
 def seed_of(*parts) -> int:
     """A seed for one purpose, such as (seed, "rollout", step): no random state has to be kept, or restored on resuming."""
@@ -495,19 +483,18 @@ def seed_of(*parts) -> int:
 
 class GrowingLayer(DynamicLayer):
     """A layer of the key-value cache in buffers that grow by 16 columns; DynamicLayer copies all at every token."""
-
     length = 0  # columns in use
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Appends (rows, heads, new, size) and returns the whole buffers: a mask must hide the columns not in use."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-            self.keys, self.values, self.length = keys, values, keys.shape[2]
-            return keys, values
-        if self.length == self.keys.shape[2]:
-            self.keys, self.values = F.pad(self.keys, (0, 0, 0, 16)), F.pad(self.values, (0, 0, 0, 16))
-        self.keys[:, :, self.length], self.values[:, :, self.length] = keys[:, :, 0], values[:, :, 0]
-        self.length += 1
+            self.keys, self.values = keys, values
+        else:
+            if self.length == self.keys.shape[2]:
+                self.keys, self.values = F.pad(self.keys, (0, 0, 0, 16)), F.pad(self.values, (0, 0, 0, 16))
+            self.keys[:, :, self.length], self.values[:, :, self.length] = keys[:, :, 0], values[:, :, 0]
+        self.length += keys.shape[2]
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -522,11 +509,14 @@ def one_token_attention(module, query: Tensor, key: Tensor, value: Tensor, atten
     scores = torch.bmm(query, key.flatten(0, 1).transpose(1, 2)).view(rows, heads, -1) + attention_mask[:, 0]
     return torch.bmm(scores.softmax(-1).view(*query.shape[:2], -1), value.flatten(0, 1)).view(rows, 1, heads, -1), None
 
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """(rows, queries, keys) of booleans -> (rows, 1, queries, keys): 0 where visible, else the lowest number."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
     """Draws a token a row by inverting the cumulative distribution: logits (b, V), uniform (b,) in [0, 1) -> (b,).
-
-    Temperature 0 takes the most probable token. One random number a row: an answer does not depend on its neighbours'.
-    """
+    Temperature 0 takes the most probable token. One random number a row keeps rows independent of each other."""
     if temperature == 0:
         return logits.argmax(-1)
     probs = torch.softmax(logits.float() / temperature, -1)
@@ -538,92 +528,75 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
     target = (1 - uniform[:, None]) * cumulative[:, -1:]  # in (0, total], so that probability 0 is never drawn
     return torch.searchsorted(cumulative, target)[:, 0]
 
-def prefill(model, prompts: list[list[int]], pad_token_id: int) -> tuple[Cache, Tensor, Tensor]:
-    """Reads left-padded prompts: the cache, the logits (P, V) of the next token, and which columns are real (P, T)."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    column = torch.arange(width, device=model.device)
-    real = column >= width - torch.tensor([len(p) for p in prompts], device=model.device)[:, None]
-    # A token sees the real ones up to itself; padding sees itself, since a row that sees nothing would be NaN.
-    visible = real[:, None, :] & (column <= column[:, None]) | (column == column[:, None])  # (P, T, T)
-    cache = Cache(layer_class_to_replicate=GrowingLayer)
-    logits = model(ids, attention_mask=additive_mask(visible, model.dtype), past_key_values=cache, use_cache=True,
-                   position_ids=(real.cumsum(1) - 1).clamp(min=0), logits_to_keep=1).logits[:, -1]
-    return cache, logits, real
-
-def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """(rows, queries, keys) of booleans -> (rows, 1, queries, keys): 0 where visible, else the lowest number."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
-
 @torch.no_grad()
 def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens: int, temperature: float = 1.0,
-            top_p: float = 1.0, eos_token_id: int | list[int], pad_token_id: int,
-            generator: torch.Generator | None = None) -> list[list[list[int]]]:
+            top_p: float = 1.0, eos_token_id: int | list[int], pad_token_id: int, generator=None) -> list[list[list[int]]]:
     """Samples group_size answers to each prompt, given as token ids (section 3.1; the old policy pi_old).
 
     Returns a list (one per prompt) of group_size lists of token ids, the end token included where it was reached, since
     stopping must be learnt too. A prompt is read once and its cache copied to its group; finished rows leave the batch.
-    The same generator state gives the same tokens. Uses prefill, sample_tokens and GrowingLayer.
+    The same state of the torch generator gives the same tokens. Uses additive_mask, sample_tokens and GrowingLayer.
     """
     model.eval()
-    device, rows, ends = model.device, len(prompts) * group_size, torch.tensor(eos_token_id, device=model.device)
-    cache, logits, real = prefill(model, prompts, pad_token_id)
+    device, stop = model.device, torch.tensor(eos_token_id, device=model.device)
+    lengths, width = torch.tensor([len(p) for p in prompts], device=device), max(map(len, prompts))
+    ids = torch.tensor([list(p) + [pad_token_id] * (width - len(p)) for p in prompts], device=device)  # (P, T)
+    cache = Cache(layer_class_to_replicate=GrowingLayer)
+    hidden = model.base_model(ids, past_key_values=cache, use_cache=True).last_hidden_state  # causal: padding is not seen
+    logits = model.get_output_embeddings()(hidden[torch.arange(len(ids), device=device), lengths - 1])  # (P, V)
     cache.batch_repeat_interleave(group_size)  # from here on a row is an answer
-    logits, real = logits.repeat_interleave(group_size, 0), real.repeat_interleave(group_size, 0)
-    position, width = real.sum(1), real.shape[1]
-    mask = additive_mask(F.pad(real, (0, max_new_tokens + 16))[:, None], model.dtype)  # (rows, 1, 1, columns)
+    logits, lengths = logits.repeat_interleave(group_size, 0), lengths.repeat_interleave(group_size)
+    rows, columns = len(lengths), torch.arange(width + max_new_tokens + 16, device=device)
+    mask = additive_mask((columns < lengths[:, None])[:, None], model.dtype)  # (rows, 1, 1, columns): the prompts
     tokens = torch.full((rows, max_new_tokens), pad_token_id, device=device)
     alive, done = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         uniform = torch.rand(rows, generator=generator, device=device)[alive]
         token = sample_tokens(logits, uniform, temperature, top_p)
         tokens[alive, step] = token
-        done |= torch.isin(token, ends)
+        done |= torch.isin(token, stop)
         if step % 4 == 3:  # the only place where a GPU has to wait for the CPU
             keep = (~done).nonzero()[:, 0]
             if len(keep) < len(alive):
-                alive, token, position, mask, done = (x[keep] for x in (alive, token, position, mask, done))
+                alive, token, lengths, mask, done = (x[keep] for x in (alive, token, lengths, mask, done))
                 cache.batch_select_indices(keep)
         if step + 1 == max_new_tokens or len(alive) == 0:
             break
         mask[..., width + step] = 0
-        columns = width + 16 * (step // 16 + 1)  # of the cache's buffers
-        logits = model(token[:, None], attention_mask=mask[..., :columns], position_ids=(position + step)[:, None],
+        size = width + 16 * (step // 16 + 1)  # columns of the cache's buffers
+        logits = model(token[:, None], attention_mask=mask[..., :size], position_ids=(lengths + step)[:, None],
                        past_key_values=cache, use_cache=True).logits[:, -1]
-    answers = [cut_after_end(row, set(ends.flatten().tolist())) for row in tokens.tolist()]
+    ends, tokens = set(stop.flatten().tolist()), tokens.tolist()
+    ended = [next((i + 1 for i, token in enumerate(row) if token in ends), max_new_tokens) for row in tokens]
+    answers = [row[:end] for row, end in zip(tokens, ended)]
     return [answers[i:i + group_size] for i in range(0, rows, group_size)]
-
-def cut_after_end(tokens: list[int], ends: set[int]) -> list[int]:
-    """The tokens up to and including the first end token; all of them where there is none."""
-    return next((tokens[:i + 1] for i, token in enumerate(tokens) if token in ends), tokens)
 
 # ---- Experience pool ----------------------------------------------------------------------------------------------
 
 class ExperiencePool:
-    """Section 3.2: for each question the distinct answers that were verified correct.
+    """Section 3.2: for each question the distinct answers that were verified correct (or, for the ablation, failed).
 
     On disk a JSON line a question, in the row format of the authors' training set, so that pools move both ways between
-    here and their verl recipe. failed holds wrong answers, for the ablation only.
+    here and their verl recipe.
     """
-
-    def __init__(self):
+    def __init__(self, failed: bool = False):
+        self.failed = failed
         self.problems: dict[str, Problem] = {}
         self.answers: dict[str, list[str]] = {}
-        self.failed: dict[str, list[str]] = {}
         self.left_out = Counter()  # reason -> answers that load or keep_for dropped
 
     def add(self, question: str, gold: str, response: str, chat: tuple = ()) -> bool:
         """Takes a response (text without the end token) if it verifies and is new; returns whether it did."""
         known = self.answers.get(question, [])
-        if response in known or not verify(response, gold):
+        if response in known or verify(response, gold) == self.failed:
             return False
         self.problems.setdefault(question, Problem(question, gold, chat))
         self.answers[question] = [*known, response]
         return True
 
-    def draw(self, question: str, m: int, rng: random.Random, failed: bool = False) -> list[str]:
+    def draw(self, question: str, m: int, rng: random.Random) -> list[str]:
         """At most m answers to a question, at random without replacement; fewer if it has fewer, never padded."""
-        answers = (self.failed if failed else self.answers).get(question, [])
+        answers = self.answers.get(question, [])
         return rng.sample(answers, min(m, len(answers)))
 
     def __len__(self) -> int:
@@ -635,38 +608,33 @@ class ExperiencePool:
 
     def save(self, path: str | Path) -> None:
         """Writes the pool, whole or not at all. Raises OSError."""
-        rows = []
-        for index, question in enumerate(self.questions()):
-            problem = self.problems[question]
-            rows.append({
-                "data_source": "rlep.py", "prompt": [*problem.chat, {"role": "user", "content": question}],
-                "ability": "MATH", "reward_model": {"ground_truth": problem.gold, "style": "rule",
-                                                    "candidates": self.answers[question]},
-                "extra_info": {"index": index, "failed": self.failed.get(question, [])}})
+        rows = [{"data_source": "rlep.py", "ability": "MATH",
+                 "prompt": [*self.problems[question].chat, {"role": "user", "content": question}],
+                 "reward_model": {"ground_truth": self.problems[question].gold, "style": "rule",
+                                  "candidates": self.answers[question]}, "extra_info": {"index": index}}
+                for index, question in enumerate(self.questions())]
         write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     @classmethod
-    def load(cls, path: str | Path) -> "ExperiencePool":
+    def load(cls, path: str | Path, failed: bool = False) -> "ExperiencePool":
         """Reads a pool and verifies every answer again; left_out counts those it drops. Raises UserError."""
-        pool = cls()
+        pool = cls(failed)
         for where, row in read_rows(path):
-            problem, candidates = row_to_problem(row, where), (row.get("reward_model") or {}).get("candidates")
-            if not isinstance(candidates, list) or not all(isinstance(text, str) for text in candidates):
+            problem, texts = row_to_problem(row, where), (row.get("reward_model") or {}).get("candidates")
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
                 raise UserError(f"{where}: a pool row needs reward_model.candidates, a list of texts; mend or delete it")
-            for text in candidates:
-                if not pool.add(problem.question, problem.gold, text, problem.chat):
-                    pool.left_out["do not verify, or are there twice"] += 1
-            wrong = [text for text in (row.get("extra_info") or {}).get("failed") or [] if not verify(text, problem.gold)]
-            pool.failed |= {problem.question: wrong} if wrong else {}
+            for text in texts:
+                added = pool.add(problem.question, problem.gold, text, problem.chat)
+                pool.left_out["that do not verify, or are there twice"] += not added
         return pool
 
     def keep_for(self, problems: list[Problem], fits: Callable[[str], bool]) -> list[Problem]:
         """Drops answers to other questions and those that fits refuses; returns the problems that have answers left."""
         wanted = {problem.question for problem in problems}
-        for question, answers in self.answers.items():
-            kept = [text for text in answers if fits(text)] if question in wanted else []
-            self.left_out["are too long" if question in wanted else "answer other questions"] += len(answers) - len(kept)
-            self.answers[question] = kept
+        for question, texts in self.answers.items():
+            self.answers[question] = [text for text in texts if question in wanted and fits(text)]
+            reason = "that are too long" if question in wanted else "to other questions"
+            self.left_out[reason] += len(texts) - len(self.answers[question])
         return [problem for problem in problems if self.answers.get(problem.question)]
 
 # ---- Rewards and advantages ---------------------------------------------------------------------------------------
@@ -687,8 +655,7 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, eps: float = 1e-6) -> T
     groups, index, count = torch.unique(group_ids, return_inverse=True, return_counts=True)
     zeros = torch.zeros(len(groups), dtype=rewards.dtype, device=rewards.device)  # (g,), one number a group
     mean = zeros.index_add(0, index, rewards) / count
-    squares = zeros.index_add(0, index, (rewards - mean[index]) ** 2)
-    std = (squares / (count - 1).clamp(min=1)).sqrt()
+    std = (zeros.index_add(0, index, (rewards - mean[index]) ** 2) / (count - 1).clamp(min=1)).sqrt()
     mean, std = torch.where(count == 1, 0.0, mean), torch.where(count == 1, 1.0, std)
     lowest = zeros.scatter_reduce(0, index, rewards, "amin", include_self=False)
     highest = zeros.scatter_reduce(0, index, rewards, "amax", include_self=False)
@@ -714,40 +681,34 @@ def response_logprobs(model, prompts: list[list[int]], responses: list[list[int]
     """log pi_theta of all response tokens: n prompts, n responses (token ids) -> logprobs (n, t), mask (n, t).
 
     Answers that follow one another and have the same prompt are packed behind one copy of it: positions restart after
-    the prompt, and a 4-D mask lets each answer see the prompt and itself only. Uses pack_rows, token_logprobs and
-    additive_mask. For models of the Llama and Qwen kind: full causal attention, logits straight from the last layer.
+    the prompt, and a 4-D mask lets each answer see the prompt and itself only. Uses pack_rows, additive_mask,
+    length_mask and token_logprobs. For models of the Llama and Qwen kind, whose logits are a plain product at the end.
     """
-    ids, positions, segments, source = [], [], [], []  # lists a row; source: where each response token is predicted
+    rows, places = [], []  # rows of (token, position, segment); places: where the tokens of each answer are predicted
     for row in pack_rows(prompts, responses, row_tokens):
-        prompt = list(prompts[row[0]])
-        ids.append(prompt[:]), positions.append(list(range(len(prompt)))), segments.append([0] * len(prompt))
-        for segment, i in enumerate(row, 1):
-            inputs = responses[i][:-1]  # nothing is predicted from the last token
-            source.append((len(ids) - 1, [len(prompt) - 1, *range(len(ids[-1]), len(ids[-1]) + len(inputs))]))
-            ids[-1] += inputs
-            positions[-1] += range(len(prompt), len(prompt) + len(inputs))
-            segments[-1] += [segment] * len(inputs)
-    width = max(map(len, ids))
-    ids, positions, segments = (  # (rows, width); segment 0 is the prompt, 1, 2, ... its answers, -1 padding
-        torch.tensor([line + [fill] * (width - len(line)) for line in lines], device=model.device)
-        for lines, fill in ((ids, 0), (positions, 0), (segments, -1)))
-    column = torch.arange(width, device=model.device)
+        start, cells = len(prompts[row[0]]), [(token, i, 0) for i, token in enumerate(prompts[row[0]])]  # segment 0
+        for segment, i in enumerate(row, 1):  # the last token of an answer predicts nothing and is not read
+            places.append([(len(rows), start - 1)] + [(len(rows), len(cells) + j) for j in range(len(responses[i]) - 1)])
+            cells += [(token, start + j, segment) for j, token in enumerate(responses[i][:-1])]
+        rows.append(cells)
+    device, width = model.device, max(map(len, rows))
+    cells = torch.tensor([cells + [(0, 0, -1)] * (width - len(cells)) for cells in rows], device=device)
+    ids, positions, segments = cells.unbind(-1)  # (rows, width) each
+    column = torch.arange(width, device=device)
     visible = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])  # (rows, query, key)
-    visible &= column <= column[:, None]
-    hidden = model.base_model(ids, attention_mask=additive_mask(visible, model.dtype), position_ids=positions,
-                              use_cache=False).last_hidden_state
-    index = torch.tensor([r * width + c for r, columns in source for c in columns], device=model.device)
-    targets = torch.tensor([token for response in responses for token in response], device=model.device)
-    hidden = hidden.flatten(0, 1).index_select(0, index)  # (all response tokens, d): logits of nothing else are made
-    logprobs = token_logprobs(hidden, model.get_output_embeddings(), targets, temperature)
-    mask = length_mask(responses, model.device)
-    return torch.zeros(mask.shape, device=model.device).masked_scatter(mask, logprobs), mask
+    bias = additive_mask(visible & (column <= column[:, None]), model.dtype)
+    hidden = model.base_model(ids, attention_mask=bias, position_ids=positions, use_cache=False).last_hidden_state
+    index = torch.tensor([row * width + column for answer in places for row, column in answer], device=device)
+    targets = torch.tensor([token for response in responses for token in response], device=device)
+    hidden = hidden.flatten(0, 1).index_select(0, index)  # (all response tokens, d): no logits of anything else are made
+    logprobs, mask = token_logprobs(hidden, model.get_output_embeddings(), targets, temperature), length_mask(responses, device)
+    return torch.zeros(mask.shape, device=device).masked_scatter(mask, logprobs), mask
 
 def token_logprobs(hidden: Tensor, head, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """log pi(target): hidden (m, d), targets (m,) -> (m,) through head, the layer that makes logits.
 
-    In chunks, whose logits are made again in the backward pass: all (m, V) logits at once would take far more memory
-    than anything else in an update.
+    In chunks, whose logits are made again in the backward pass: all (m, V) of them at once would be the largest tensor
+    of an update by far.
     """
     def logprobs(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = head(hidden).float() / temperature  # (chunk, V)
@@ -760,9 +721,9 @@ def token_logprobs(hidden: Tensor, head, targets: Tensor, temperature: float = 1
     return torch.cat([checkpoint(logprobs, *pair, use_reentrant=False, preserve_rng_state=False) for pair in chunks])
 
 def length_mask(responses: list[list[int]], device) -> Tensor:
-    """(n, t) of booleans: which places hold a token when responses are written left-aligned into one tensor."""
+    """(n, t) of booleans: which places hold a token when responses are written, left-aligned, into one tensor."""
     lengths = torch.tensor([len(response) for response in responses], device=device)
-    return torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+    return torch.arange(max(map(len, responses)), device=device) < lengths[:, None]
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_low: float = 0.2,
                 clip_high: float = 0.28, dual_clip: float | None = 10.0, num_tokens: int | None = None):
@@ -773,21 +734,20 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     num_tokens: the tokens of the whole mini-batch if this is one micro-batch of it, whose losses then add up.
     Returns (loss, stats): the share of tokens that each clip decided, and the largest ratio.
 
-    Replayed answers: the authors recompute their old log-probs with the current policy, although another policy wrote
-    them at another temperature, and so do we. Their ratio starts at 1, and replay is imitation weighted by advantage.
+    Replayed answers: the authors compute their old log-probs with the current policy, although another one wrote them
+    at another temperature, and so do we. Their ratio starts at 1, and replay is imitation weighted by the advantage.
     """
-    num_tokens = num_tokens or int(mask.sum())
+    num_tokens, advantages = num_tokens or int(mask.sum()), advantages[:, None]
     ratio = torch.exp(torch.where(mask, logprobs - old_logprobs, 0.0))  # pi_theta / pi_old
-    advantages = advantages[:, None]
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     objective = torch.minimum(unclipped, clipped)
-    floor = torch.full_like(advantages, -math.inf) if dual_clip is None else dual_clip * advantages
+    floor = dual_clip * advantages if dual_clip else torch.full_like(advantages, -math.inf)
     bounded = mask & (advantages < 0) & (objective < floor)
     objective = torch.where(bounded, floor, objective)
-    loss = -(objective * mask).sum() / num_tokens
     decided = mask & (clipped < unclipped)
     stats = {"clip_low": decided & (advantages < 0), "clip_high": decided & (advantages > 0), "dual_clip": bounded}
-    return loss, {name: hits.sum().item() / num_tokens for name, hits in stats.items()} | {"ratio_max": ratio.max().item()}
+    stats = {name: hits.sum().item() / num_tokens for name, hits in stats.items()}
+    return -(objective * mask).sum() / num_tokens, stats | {"ratio_max": ratio.max().item()}
 
 # ---- The training step --------------------------------------------------------------------------------------------
 
@@ -795,10 +755,9 @@ class MasterAdamW:
     """AdamW with fp32 master weights, gradients and moments, for a model of any dtype.
 
     bf16 keeps 8 bits of a weight: a change below 1/256 of it, as at learning rate 1e-6 nearly every one is, rounds to
-    nothing. So the changes add up in an fp32 copy, from which the bf16 weight is rounded anew. An fp32 model is its own
-    copy. Gradients move over during the backward pass: 2 + 4 + 4 + 8 bytes a weight in bf16, 16 in fp32.
+    nothing. So changes add up in an fp32 copy, from which the bf16 weight is rounded anew (an fp32 model is its own copy).
+    Gradients move over during the backward pass: 2 + 4 + 4 + 8 bytes a weight in bf16, 16 in fp32.
     """
-
     def __init__(self, model, weight_decay: float = 0.1):
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.masters = [p.detach().float() for p in self.params]  # float() of an fp32 tensor is the tensor itself
@@ -815,42 +774,38 @@ class MasterAdamW:
         for tensor in self.params + self.masters:
             tensor.grad = None
 
+    @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float) -> float | None:
         """Clips the gradient, steps, clears it. Returns the norm; None, and no step, if that is not finite."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm).item()
         if math.isfinite(norm):
             self.adam.param_groups[0]["lr"] = learning_rate
             self.adam.step()
-            with torch.no_grad():
-                for param, master in zip(self.params, self.masters):
-                    param.copy_(master)
+            for param, master in zip(self.params, self.masters):
+                param.copy_(master)
         self.clear()
         return norm if math.isfinite(norm) else None
 
-def micro_batches(prompts, responses, micro_tokens: int) -> list[list[int]]:
-    """Answer indices in micro-batches of at most micro_tokens, padding included, or of one row (see pack_rows).
+def micro_batches(prompts, responses, micro_tokens: int):
+    """Yields (answer indices, their prompts, their responses) of at most micro_tokens, padding included, or one row.
 
-    Rows of similar length go together, so that few tokens are padding.
+    Rows (see pack_rows) of similar length go together, so that few tokens are padding.
     """
     rows = pack_rows(prompts, responses, min(512, micro_tokens))
-    lengths = [len(prompts[row[0]]) + sum(len(responses[i]) for i in row) for row in rows]
-    batches, longest, count = [], 0, 0
-    for r in sorted(range(len(rows)), key=lengths.__getitem__, reverse=True):
-        if not batches or (count + 1) * longest > micro_tokens:
-            batches.append([])
-            longest, count = lengths[r], 0
-        batches[-1] += rows[r]
-        count += 1
-    return batches
+    length = {row[0]: len(prompts[row[0]]) + sum(len(responses[i]) for i in row) for row in rows}
+    rows.sort(key=lambda row: length[row[0]])
+    while rows:
+        count = max(1, min(len(rows), micro_tokens // length[rows[-1][0]]))  # the last row is the longest
+        batch, rows = [i for row in rows[-count:] for i in row], rows[:-count]
+        yield batch, [prompts[i] for i in batch], [responses[i] for i in batch]
 
 @torch.no_grad()
 def all_logprobs(model, prompts, responses, micro_tokens: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """response_logprobs of any number of answers, in micro-batches and without gradients: pi_old of Eq. 3."""
     mask = length_mask(responses, model.device)
     logprobs = torch.zeros(mask.shape, device=model.device)
-    for batch in micro_batches(prompts, responses, micro_tokens):
-        part, _ = response_logprobs(model, [prompts[i] for i in batch], [responses[i] for i in batch],
-                                    temperature=temperature, row_tokens=min(512, micro_tokens))
+    for batch, *pair in micro_batches(prompts, responses, micro_tokens):
+        part, _ = response_logprobs(model, *pair, temperature=temperature, row_tokens=min(512, micro_tokens))
         logprobs[batch, :part.shape[1]] = part
     return logprobs, mask
 
@@ -862,20 +817,17 @@ def accumulate_gradients(model, prompts, responses, advantages: Tensor, old_logp
     Answers of advantage 0 add nothing to the gradient and are skipped; their tokens stay in the mean.
     """
     model.train()
-    num_tokens = sum(map(len, responses))
-    used = [i for i, advantage in enumerate(advantages.tolist()) if advantage != 0]
-    total = Counter(loss=0.0, clip_low=0.0, clip_high=0.0, dual_clip=0.0, ratio_max=1.0)
-    batches = micro_batches([prompts[i] for i in used], [responses[i] for i in used], micro_tokens)
-    for batch in ([used[j] for j in batch] for batch in batches):
-        logprobs, mask = response_logprobs(model, [prompts[i] for i in batch], [responses[i] for i in batch],
-                                           temperature=temperature, row_tokens=min(512, micro_tokens))
+    num_tokens, total = sum(map(len, responses)), Counter(loss=0.0, clip_low=0.0, clip_high=0.0, dual_clip=0.0)
+    used, ratio_max = advantages.nonzero()[:, 0].tolist(), 1.0
+    for batch, *pair in micro_batches([prompts[i] for i in used], [responses[i] for i in used], micro_tokens):
+        batch = [used[i] for i in batch]
+        logprobs, mask = response_logprobs(model, *pair, temperature=temperature, row_tokens=min(512, micro_tokens))
         old = logprobs.detach() if old_logprobs is None else old_logprobs[batch, :mask.shape[1]]
         loss, stats = policy_loss(logprobs, old, advantages[batch], mask, num_tokens=num_tokens, **clip)
         loss.backward()
-        largest = max(total["ratio_max"], stats["ratio_max"])
+        ratio_max = max(ratio_max, stats.pop("ratio_max"))
         total.update(stats, loss=loss.item())
-        total["ratio_max"] = largest
-    return dict(total)
+    return {**total, "ratio_max": ratio_max}
 
 def update_policy(model, optimizer: MasterAdamW, prompts, responses, advantages: Tensor, old_logprobs: Tensor | None,
                   memory: dict, *, learning_rate: float, max_grad_norm: float = 1.0, **options) -> dict[str, float]:
@@ -899,8 +851,6 @@ def update_policy(model, optimizer: MasterAdamW, prompts, responses, advantages:
     optimizer.clear()
     return stats | {"grad_norm": norm, "skipped": int(norm is None)}
 
-# ---- The RL step --------------------------------------------------------------------------------------------------
-
 @dataclass
 class Rollout:
     """An answer in a group: fresh from the policy, or replayed from the pool."""
@@ -917,36 +867,32 @@ def score(policy: Policy, problem: Problem, response: list[int], config: Config)
     penalty = overlong_penalty(len(response), config.max_new_tokens, config.overlong_buffer, config.overlong_factor)
     return correct, (1.0 if correct else -1.0) + penalty
 
-def make_groups(policy, batch: list[Problem], pool: ExperiencePool | None, config, step: int, score) -> list[Rollout]:
-    """G fresh answers a question and, from the pool, M replayed ones (section 3.2), group after group."""
+def make_groups(policy, batch: list[Problem], pools: list[ExperiencePool], config, step: int, score=score) -> list[Rollout]:
+    """G fresh answers a question and, from each pool, M replayed ones (section 3.2), group after group."""
     rollouts = []
     for group, (problem, answers) in enumerate(policy.answer(batch, config.group_size, config, "rollout", step)):
-        prompt = policy.prompt(problem)
+        prompt, rng = policy.prompt(problem), random.Random(seed_of(config.seed, "replay", step, problem.question))
         fresh = [Rollout(group, prompt, response, *score(policy, problem, response, config)) for response in answers]
         rollouts += fresh
-        if pool and not (config.rescue and any(rollout.correct for rollout in fresh)):
-            rng = random.Random(seed_of(config.seed, "replay", step, problem.question))
-            drawn = pool.draw(problem.question, config.replays, rng)
-            drawn += pool.draw(problem.question, config.replays, rng, failed=True) if config.replay_failed else []
-            for response in map(policy.tokens, drawn):
-                rollouts.append(Rollout(group, prompt, response, *score(policy, problem, response, config), replayed=True))
+        if not (config.rescue and any(rollout.correct for rollout in fresh)):
+            drawn = [policy.tokens(text) for pool in pools for text in pool.draw(problem.question, config.replays, rng)]
+            rollouts += [Rollout(group, prompt, response, *score(policy, problem, response, config), True) for response in drawn]
     return rollouts
 
-def train_step(policy, optimizer, batch: list[Problem], pool, config: Config, step: int, memory: dict, score=score) -> dict:
+def train_step(policy, optimizer, batch: list[Problem], pools, config: Config, step: int, memory: dict, score=score) -> dict:
     """One rollout and its updates, every group with one baseline for all its answers (Eq. 4, 5). Returns the metrics."""
     clock, device = [time.perf_counter()], policy.model.device
     reset_peak(device)
-    rollouts = make_groups(policy, batch, pool, config, step, score)
+    rollouts = make_groups(policy, batch, pools, config, step, score)
     clock.append(time.perf_counter())
-    peak_sample = reset_peak(device)
+    peaks = {"peak_sample_mib": reset_peak(device)}
     prompts, responses = [r.prompt for r in rollouts], [r.response for r in rollouts]
     rewards, group_ids = torch.tensor([r.reward for r in rollouts]), torch.tensor([r.group for r in rollouts])
     advantages = group_advantages(rewards, group_ids).to(device)
-    old_logprobs, temperature = None, config.temperature or 1.0
+    old_logprobs, updates, temperature = None, [], config.temperature or 1.0
     if config.minibatch_prompts < len(batch):  # from the second update on, the policy is not the one that sampled
         old_logprobs, _ = all_logprobs(policy.model, prompts, responses, memory["micro_tokens"], temperature)
     clock.append(time.perf_counter())
-    updates = []
     for first in range(0, len(batch), config.minibatch_prompts):
         own = [i for i, r in enumerate(rollouts) if first <= r.group < first + config.minibatch_prompts]
         updates.append(update_policy(
@@ -955,24 +901,25 @@ def train_step(policy, optimizer, batch: list[Problem], pool, config: Config, st
             learning_rate=config.learning_rate * min(1.0, step / max(1, config.lr_warmup_steps)), temperature=temperature,
             clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip or None))
     clock.append(time.perf_counter())
-    seconds = zip(("sample_s", "old_logp_s", "train_s", "step_s"), [*np.diff(clock).tolist(), clock[-1] - clock[0]])
-    peaks = {"peak_sample_mib": peak_sample, "peak_train_mib": reset_peak(device)}
-    return step_metrics(rollouts, advantages.tolist(), updates, config.max_new_tokens) | dict(seconds) | peaks
+    seconds = dict(zip(("sample_s", "old_logp_s", "train_s", "step_s"), [*np.diff(clock).tolist(), clock[-1] - clock[0]]))
+    metrics = step_metrics(rollouts, advantages.tolist(), updates, config.max_new_tokens)
+    return metrics | seconds | peaks | {"peak_train_mib": reset_peak(device)}
 
 def step_metrics(rollouts: list[Rollout], advantages: list[float], updates: list[dict], limit: int) -> dict:
-    """What a step was like; the README explains each."""
+    """What a step was like; the README explains each number."""
     fresh, trained = [r for r in rollouts if not r.replayed], [r for r, a in zip(rollouts, advantages) if a != 0]
     mean = {"accuracy": [r.correct for r in fresh], "reward": [r.reward for r in fresh],
             "length": [len(r.response) for r in fresh], "truncated": [len(r.response) == limit for r in fresh]}
     mean |= {name: [u[name] for u in updates] for name in ("loss", "clip_low", "clip_high", "dual_clip")}
     return {name: float(np.mean(values)) for name, values in mean.items()} | {
         "zero_variance": 1 - len({r.group for r in trained}) / len({r.group for r in rollouts}),
-        "replays": len(rollouts) - len(fresh), "sampled_tokens": sum(mean["length"]),
-        "trained_tokens": sum(len(r.response) for r in trained), "ratio_max": max(u["ratio_max"] for u in updates),
-        "grad_norm": updates[-1]["grad_norm"], "skipped": sum(u["skipped"] for u in updates), "updates": len(updates)}
+        "replays": len(rollouts) - len(fresh), "replays_failed": sum(r.replayed and not r.correct for r in rollouts),
+        "resp_tokens": sum(mean["length"]), "trained_tokens": sum(len(r.response) for r in trained),
+        "ratio_max": max(u["ratio_max"] for u in updates), "grad_norm": updates[-1]["grad_norm"],
+        "skipped": sum(u["skipped"] for u in updates), "updates": len(updates)}
 
 def reset_peak(device: torch.device) -> float | None:
-    """Most memory used since the last call, in MiB: the tensors' on CUDA, the process's on Linux, else None."""
+    """The most memory used since the last call, in MiB: the tensors' on CUDA, the process's on Linux, else None."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
         torch.cuda.reset_peak_memory_stats()
@@ -1002,8 +949,10 @@ def maj_at_k(answers: list[list[str | None]], correct: list[list[bool]]) -> floa
     votes = [Counter(answer for answer in row if answer is not None).most_common(1) for row in answers]
     return float(np.mean([bool(vote) and marks[row.index(vote[0][0])] for vote, row, marks in zip(votes, answers, correct)]))
 
+OUTCOMES = ("maj_at_k", "pass_at_k", "distinct", "entropy")
+
 def evaluate(policy: Policy, problems: list[Problem], config: Config) -> dict:
-    """k answers to each problem; one policy and seed always give one result. The README explains each metric."""
+    """k answers to each problem; one policy and seed always give one result. The README explains each number."""
     start, correct, extracted, distinct, first = time.perf_counter(), [], [], [], []
     for problem, responses in policy.answer(problems, config.k, config, "eval"):
         texts = [policy.text(response) for response in responses]
@@ -1022,12 +971,11 @@ def evaluate(policy: Policy, problems: list[Problem], config: Config) -> dict:
 
 def write_whole(path: str | Path, content: str | Callable) -> None:
     """Writes a text, or what content(file) writes: a crash leaves the old file or the new one, never half of one."""
-    unfinished = Path(f"{path}.partial")
-    with open(unfinished, "wb") as file:
+    with open(f"{path}.partial", "wb") as file:
         file.write(content.encode()) if isinstance(content, str) else content(file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    os.replace(f"{path}.partial", path)
 
 def append_row(path: Path, row: dict) -> None:
     with open(path, "a") as file:
@@ -1040,7 +988,7 @@ def read_json(path: Path) -> dict | None:
     try:
         return json.loads(path.read_text()) if path.exists() else None
     except ValueError:
-        raise UserError(f"{path}: damaged; put back the right file, or --overwrite to start anew") from None
+        raise UserError(f"{path}: damaged; put it right, or --overwrite to start anew") from None
 
 class RunFolder:
     """A run's folder: locked while in use, bound to its settings, and able to go on after a crash at any moment.
@@ -1068,8 +1016,7 @@ class RunFolder:
         differing = [f"--{name} {old.get(name)} there, {value} here" for name, value in settings.items()
                      if old.get(name) != value and name not in self.may_change and not (longer and name == "steps")]
         if differing:
-            raise UserError(f"{path}: holds a run with other settings ({'; '.join(differing)}); give the same, another --out, "
-                            "or --overwrite to delete it")
+            raise UserError(f"{path}: holds another run ({'; '.join(differing)}); give another --out, or --overwrite it")
         write_whole(config, json.dumps(settings, indent=1))
 
     def save(self, policy: Policy, optimizer: MasterAdamW, progress: dict) -> None:
@@ -1083,34 +1030,33 @@ class RunFolder:
         """Restores the checkpoint, if there is one, cuts metrics.jsonl back to it, and returns the progress."""
         file, metrics = self.path / "checkpoint.pt", self.path / "metrics.jsonl"
         progress = {"supervised": 0, "step": -1, "tokens": 0, "bad": 0, "seconds": 0.0, "metrics_bytes": 0}
-        if file.exists():
-            try:
-                state = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else {}
+            if state:
                 policy.model.load_state_dict(state["model"])
                 optimizer.adam.load_state_dict(state["adam"])
                 for master, saved in zip(optimizer.masters, state["masters"], strict=True):
                     master.copy_(saved)
                 progress = state["progress"]
-            except Exception as error:  # a damaged file can raise nearly anything
-                raise UserError(f"{file}: no checkpoint of this run ({str(error)[:200]}); put back the right file, or "
-                                "--overwrite to start anew") from None
-        size = metrics.stat().st_size if metrics.exists() else 0
-        if size < progress["metrics_bytes"]:
-            raise UserError(f"{metrics}: shorter than at the checkpoint; put it back, or --overwrite to start anew")
-        if size:
+            metrics.touch()
+            if metrics.stat().st_size < progress["metrics_bytes"]:
+                raise ValueError("metrics.jsonl is shorter than it was")
             os.truncate(metrics, progress["metrics_bytes"])  # the rows after the checkpoint will be made again
+        except Exception as error:  # a damaged file can raise nearly anything
+            raise UserError(f"{file}: damaged or foreign ({str(error)[:150]}); put it right, or --overwrite") from None
         return progress
 
 # ---- The phases ---------------------------------------------------------------------------------------------------
 
-def supervised(policy, optimizer, folder: RunFolder, progress: dict, steps: int, batch_of, rate_of, micro_tokens) -> None:
+def supervised(policy, optimizer, folder: RunFolder, progress: dict, config, steps: int, batch_of, rate_of) -> None:
     """Maximum likelihood on batch_of(step), pairs of prompt and response: the policy gradient with advantage 1."""
+    memory = {"micro_tokens": config.micro_tokens}
     for step in tqdm(range(progress["supervised"], steps), "supervised", steps, initial=progress["supervised"]):
         start, (prompts, responses) = time.perf_counter(), zip(*batch_of(step))
         update_policy(policy.model, optimizer, prompts, responses, torch.ones(len(prompts), device=policy.model.device),
-                      None, {"micro_tokens": micro_tokens}, learning_rate=rate_of(step))
+                      None, memory, learning_rate=rate_of(step))
         progress |= {"supervised": step + 1, "seconds": progress["seconds"] + time.perf_counter() - start}
-        if progress["supervised"] % 100 == 0 or progress["supervised"] == steps:
+        if (step + 1) % 100 == 0 or step + 1 == steps:
             folder.save(policy, optimizer, progress)
 
 def make_base(config: Config, path: Path) -> str:
@@ -1131,7 +1077,7 @@ def make_base(config: Config, path: Path) -> str:
 
         progress = folder.load(policy, optimizer)
         print("warm-up of the embedded base model (stands in for pretraining)", file=sys.stderr)
-        supervised(policy, optimizer, folder, progress, config.warmup_steps, batch_of, rate_of, config.micro_tokens)
+        supervised(policy, optimizer, folder, progress, config, config.warmup_steps, batch_of, rate_of)
         policy.save(path / "policy")
         write_whole(path / "summary.json", json.dumps({"seconds": progress["seconds"]}))
     return str(path.resolve() / "policy")
@@ -1143,54 +1089,54 @@ def question_order(count: int, seed: int, first: int, number: int) -> list[int]:
         order += random.Random(seed_of(seed, "order", epoch)).sample(range(count), count)
     return order[first % count:first % count + number]
 
-def load_pool(config: Config, problems: list[Problem], policy: Policy) -> tuple[ExperiencePool, list[Problem]]:
-    """The pool and the problems it has answers to: the others are left out, the paper's rule. Raises UserError."""
-    pool = ExperiencePool.load(config.pool)
-    covered = pool.keep_for(problems, lambda text: len(policy.tokens(text)) <= config.max_new_tokens)
-    left_out = "; ".join(f"{count} answers {reason}" for reason, count in pool.left_out.items() if count)
+def load_pools(config: Config, problems: list[Problem], policy: Policy) -> tuple[list[ExperiencePool], list[Problem]]:
+    """The pools to replay, and the problems they cover: the others are left out, the paper's rule. Raises UserError."""
+    pools = [ExperiencePool.load(config.pool)]
+    if config.replay_failed:
+        pools.append(ExperiencePool.load(Path(config.pool).with_name("failed.jsonl"), failed=True))
+    covered = [pool.keep_for(problems, lambda text: len(policy.tokens(text)) <= config.max_new_tokens) for pool in pools][0]
+    left_out = [f"{count} answers {reason}" for pool in pools for reason, count in pool.left_out.items() if count]
     if left_out or len(covered) < len(problems):
-        print(f"{config.pool}: left out {len(problems) - len(covered)} questions without an answer; {left_out}", file=sys.stderr)
+        left_out.append(f"{len(problems) - len(covered)} training questions without an answer")
+        print(f"{config.pool}: left out {', '.join(left_out)}", file=sys.stderr)
     if not covered:
-        raise UserError(f"{config.pool}: has no answer to a training question; was it collected on other --data, or with "
-                        "another --instruction or a longer --max_new_tokens?")
-    most = max(len(pool.answers[problem.question]) for problem in covered)
-    if config.replays > most:
-        raise UserError(f"--replays {config.replays}: {config.pool} has at most {most} answers a question; lower it, or collect "
-                        "with a larger --collect_k")
-    return pool, covered
+        raise UserError(f"{config.pool}: no answer to a training question; was it made with these --data and --instruction?")
+    if config.replays > (most := max(len(pools[0].answers[problem.question]) for problem in covered)):
+        raise UserError(f"--replays {config.replays}: {config.pool} has at most {most} answers a question; lower it")
+    return pools, covered
 
 def train(config: Config, problems: list[Problem], held_out: list[Problem]) -> dict:
     """One arm from the base model: RLEP with --pool, vanilla RL without. Leaves OUT/policy; returns its summary."""
-    folder = RunFolder(config.out, {"command": "train", **asdict(config)}, config.overwrite)
+    folder, size = RunFolder(config.out, {"command": "train", **asdict(config)}, config.overwrite), config.prompts_per_step
     summary = read_json(folder.path / "summary.json")
     if summary and summary["step"] >= config.steps:
         return summary
     policy = Policy(config.model or make_base(config, folder.path / "base"), config.device, config.gradient_checkpointing)
     optimizer, memory = MasterAdamW(policy.model, config.weight_decay), {"micro_tokens": config.micro_tokens}
-    pool, problems = load_pool(config, problems, policy) if config.pool else (None, problems)
-    if len(problems) < config.prompts_per_step:
-        raise UserError(f"--prompts_per_step {config.prompts_per_step}: there are only {len(problems)} training questions")
+    pools, problems = load_pools(config, problems, policy) if config.pool else ([], problems)
+    if len(problems) < size:
+        raise UserError(f"--prompts_per_step {size}: there are only {len(problems)} training questions; lower it")
     progress = folder.load(policy, optimizer)
 
     def pool_batch(step):  # for supervised fine-tuning, the obvious alternative to replay
         rng = random.Random(seed_of(config.seed, "sft", step))
-        drawn = [rng.choice(problems) for _ in range(config.prompts_per_step * config.group_size)]
-        return [(policy.prompt(problem), policy.tokens(*pool.draw(problem.question, 1, rng))) for problem in drawn]
+        drawn = [rng.choice(problems) for _ in range(size * config.group_size)]
+        return [(policy.prompt(problem), policy.tokens(*pools[0].draw(problem.question, 1, rng))) for problem in drawn]
 
-    supervised(policy, optimizer, folder, progress, config.sft_steps, pool_batch, lambda step: config.learning_rate,
-               config.micro_tokens)
-    replayed = None if config.sft_steps else pool
-    for step in tqdm(range(progress["step"] + 1, config.steps + 1), "RLEP" if replayed else "vanilla RL", config.steps + 1,
-                     initial=progress["step"] + 1):
+    if config.sft_steps:
+        supervised(policy, optimizer, folder, progress, config, config.sft_steps, pool_batch, lambda step: config.learning_rate)
+        pools = []
+    first, label = progress["step"] + 1, "RLEP" if pools else "vanilla RL"
+    for step in tqdm(range(first, config.steps + 1), label, config.steps + 1, initial=first):
         start, row = time.perf_counter(), {"step": step}
         if step > 0:  # step 0 only evaluates
-            order = question_order(len(problems), config.seed, (step - 1) * config.prompts_per_step, config.prompts_per_step)
-            row |= train_step(policy, optimizer, [problems[i] for i in order], replayed, config, step, memory)
-            progress["tokens"] += row["sampled_tokens"] + row["trained_tokens"]
+            batch = [problems[i] for i in question_order(len(problems), config.seed, (step - 1) * size, size)]
+            row |= train_step(policy, optimizer, batch, pools, config, step, memory)
+            progress["tokens"] += row["resp_tokens"] + row["trained_tokens"]
             progress["bad"] = progress["bad"] + row["skipped"] if row["skipped"] == row["updates"] else 0
         if step % config.eval_every == 0 or step == config.steps:
             row |= evaluate(policy, held_out, config)
-            tqdm.write(f"step {step}: {accuracy_line(row)}")
+            tqdm.write(f"{label}, step {step}: {accuracy_line(row)}")
         append_row(folder.path / "metrics.jsonl", row | {"tokens": progress["tokens"]})
         progress |= {"step": step, "seconds": progress["seconds"] + time.perf_counter() - start}
         if step % config.save_every == 0 or step == config.steps:
@@ -1198,28 +1144,26 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem]) -> d
         if progress["bad"] >= 10:
             raise UserError(f"{folder.path}: loss or gradient not finite in 10 updates running; lower --learning_rate")
     policy.save(folder.path / "policy")
-    return summarise(folder.path, progress)
+    summary = summarise([json.loads(line) for line in open(folder.path / "metrics.jsonl")]) | progress
+    write_whole(folder.path / "summary.json", json.dumps(summary, indent=1))
+    return summary
 
-def summarise(path: Path, progress: dict) -> dict:
-    """Writes and returns an arm's summary, made of its metrics."""
-    rows = [json.loads(line) for line in open(path / "metrics.jsonl")]
+def summarise(rows: list[dict]) -> dict:
+    """An arm's summary, from its metrics."""
     evaluated = [row for row in rows if "mean_at_k" in row]
     last, curve = evaluated[-1], [[row["step"], row["mean_at_k"]] for row in evaluated]
-    summary = {"curve": curve, "peak": max(value for _, value in curve), "final": last["mean_at_k"],
-               "final_ci95": last["ci95"], "seconds_per_step": float(np.median([r["step_s"] for r in rows if "step_s" in r])),
-               "compute": [row["tokens"] for row in evaluated],
-               **{name: last[name] for name in ("maj_at_k", "pass_at_k", "distinct", "entropy")}, **progress}
-    write_whole(path / "summary.json", json.dumps(summary, indent=1))
-    return summary
+    return {"curve": curve, "peak": max(value for _, value in curve), "final": last["mean_at_k"],
+            "final_ci95": last["ci95"], "seconds_per_step": float(np.median([row["step_s"] for row in rows if "step_s" in row])),
+            "compute": [row["tokens"] for row in evaluated], **{name: last[name] for name in OUTCOMES}}
 
 def collect(config: Config, problems: list[Problem], path: Path) -> dict:
     """Experience collection (section 3.2): K answers a question from the seed policy --model, verified, into the pool.
 
-    Questions with fewer than two distinct correct answers are left out. Leaves pool.jsonl; returns its statistics.
+    Questions answered correctly fewer than two times are left out. Leaves pool.jsonl; returns its statistics.
     """
     if result := read_json(path / "collection.json"):
         return result
-    policy, journal, pool = Policy(config.model, config.device), path / "collection.partial.jsonl", ExperiencePool()
+    policy, journal = Policy(config.model, config.device), path / "collection.partial.jsonl"
     settings = replace(config, temperature=config.collect_temperature, top_p=config.collect_top_p)
     rows = [json.loads(line) for line in open(journal) if line.endswith("\n")] if journal.exists() else []
     batch = max(1, config.sample_rows // config.collect_k)
@@ -1227,26 +1171,23 @@ def collect(config: Config, problems: list[Problem], path: Path) -> dict:
     write_whole(journal, "".join(json.dumps(row) + "\n" for row in rows))
     sampled, start = policy.answer(problems, config.collect_k, settings, "collect", first=len(rows)), time.perf_counter()
     for problem, responses in tqdm(sampled, "experience collection", len(problems), initial=len(rows)):
-        texts = dict.fromkeys(policy.text(r) for r in responses if r[-1] in policy.ends)  # distinct, and not cut short
-        correct = {text: verify(text, problem.gold) for text in texts}
-        rows.append({"right": [text for text in texts if correct[text]], "tokens": sum(map(len, responses)),
-                     "wrong": [text for text in texts if not correct[text]] if config.replay_failed else [],
-                     "seconds": time.perf_counter() - start})
-        start = time.perf_counter()
+        texts = [policy.text(response) for response in responses if response[-1] in policy.ends]  # those not cut short
+        rows.append({"texts": texts, "tokens": sum(map(len, responses)), "seconds": time.perf_counter() - start})
         append_row(journal, rows[-1])
+        start = time.perf_counter()
+    pools = {"pool.jsonl": ExperiencePool(), "failed.jsonl": ExperiencePool(failed=True)}
     for problem, row in zip(problems, rows):
-        if len(row["right"]) >= 2:
-            for text in row["right"]:
-                pool.add(problem.question, problem.gold, text, problem.chat)
-            pool.failed[problem.question] = row["wrong"]
-    if not len(pool):
-        raise UserError(f"{config.model}: answered no question correctly twice in {config.collect_k} tries; train the seed "
-                        "policy longer, or raise --collect_k")
-    pool.save(path / "pool.jsonl")
+        enough = sum(verify(text, problem.gold) for text in row["texts"]) >= 2
+        for text, pool in ((text, pool) for text in row["texts"] for pool in pools.values() if enough):
+            pool.add(problem.question, problem.gold, text, problem.chat)
+    if not len(pool := pools["pool.jsonl"]):
+        raise UserError(f"{config.model}: solved no question twice in {config.collect_k} tries; train it longer")
+    for name in list(pools)[:1 + config.replay_failed]:
+        pools[name].save(path / name)
     seed_run = read_json(Path(config.model).parent / "summary.json") or {}  # what the seed policy cost, if known
+    total = {name: sum(row[name] for row in rows) for name in ("seconds", "tokens")}
     result = {"questions": len(pool.questions()), "answers": len(pool), "left_out": len(problems) - len(pool.questions()),
-              "seconds": sum(row["seconds"] for row in rows),
-              "tokens": sum(row["tokens"] for row in rows) + seed_run.get("tokens", 0)}
+              "most": max(map(len, pool.answers.values())), "seconds": total["seconds"], "tokens": total["tokens"] + seed_run.get("tokens", 0)}
     write_whole(path / "collection.json", json.dumps(result))
     journal.unlink()
     return result
@@ -1261,10 +1202,11 @@ def run(config: Config, problems: list[Problem], held_out: list[Problem]) -> dic
     arm = replace(config, model=base, pool=None, overwrite=False)
     vanilla = train(replace(arm, out=str(path / "vanilla")), problems, held_out)
     pool = collect(replace(arm, model=str(path / "vanilla/policy")), problems, path)
-    rlep = train(replace(arm, out=str(path / "rlep"), pool=str(path / "pool.jsonl")), problems, held_out)
+    rlep = train(replace(arm, out=str(path / "rlep"), pool=str(path / "pool.jsonl"),
+                         replays=min(config.replays, pool["most"])), problems, held_out)
     warm_up = read_json(path / "base/summary.json") or {"seconds": 0.0}
-    seconds = {"warm-up": warm_up, "vanilla": vanilla, "collection": pool, "rlep": rlep}
-    seconds = {name: part["seconds"] for name, part in seconds.items()}
+    phases = {"warm-up": warm_up, "vanilla": vanilla, "collection": pool, "rlep": rlep}
+    seconds = {name: phase["seconds"] for name, phase in phases.items()}
     summary = {"base": vanilla["curve"][0][1], "arms": {"vanilla": vanilla, "rlep": rlep}, "pool": pool,
                "steps_to_baseline_peak": steps_to(rlep["curve"], vanilla["peak"]), "seconds": sum(seconds.values()),
                "seconds_by_phase": seconds, "config": asdict(config), "table": compare([path], path / "curves.png")}
@@ -1278,8 +1220,8 @@ def steps_to(curve: list, level: float) -> int | None:
     return next((step for step, value in curve if value >= level), None)
 
 def accuracy_line(row: dict) -> str:
-    return (f"mean@k {row['mean_at_k']:.1%} ({row['ci95'][0]:.1%} to {row['ci95'][1]:.1%}), maj@k {row['maj_at_k']:.1%}, "
-            f"pass@k {row['pass_at_k']:.1%}")
+    low, high = row["ci95"]
+    return f"mean@k {row['mean_at_k']:.1%} ({low:.1%} to {high:.1%}), maj@k {row['maj_at_k']:.1%}, pass@k {row['pass_at_k']:.1%}"
 
 def over_seeds(values: list[float]) -> tuple[float, float]:
     """The mean, and half the width of its 95% interval (Student's t; 0 for a single seed)."""
@@ -1290,17 +1232,17 @@ def over_seeds(values: list[float]) -> tuple[float, float]:
 def read_arms(folders: list[str | Path]) -> dict[str, dict[int, dict]]:
     """{arm: {seed: summary}} of run folders, `run`'s counting as its two arms. Raises UserError if one is unfinished."""
     arms = {}
-    for folder in map(Path, folders):
-        for path in [folder / name for name in ("vanilla", "rlep") if (folder / name).is_dir()] or [folder]:
-            config, summary = read_json(path / "config.json"), read_json(path / "summary.json")
-            if not config or not summary or "curve" not in summary:
-                raise UserError(f"{path}: not a finished run, it has no summary.json; finish it, or leave it out")
-            name = f"RLEP, M={config['replays']}" if config["pool"] else "vanilla RL"
-            name += " and M failed" * config["replay_failed"] + ", rescue" * config["rescue"]
-            name = "SFT, then vanilla" if config["sft_steps"] else name
-            cost = (read_json(Path(config["pool"]).parent / "collection.json") or {}) if config["pool"] else {}
-            summary["compute"] = [tokens + cost.get("tokens", 0) for tokens in summary["compute"]]
-            arms.setdefault((name, config["steps"]), {})[config["seed"]] = summary
+    parts = [[Path(f) / arm for arm in ("vanilla", "rlep") if (Path(f) / arm).is_dir()] or [Path(f)] for f in folders]
+    for path in sum(parts, []):
+        config, summary = read_json(path / "config.json"), read_json(path / "summary.json")
+        if not config or not summary or "curve" not in summary:
+            raise UserError(f"{path}: not a finished run, it has no summary.json; finish it, or leave it out")
+        name = f"RLEP, M={config['replays']}" if config["pool"] else "vanilla RL"
+        name += " and M failed" * config["replay_failed"] + ", rescue" * config["rescue"]
+        name = "SFT, then vanilla" if config["sft_steps"] else name
+        pool = read_json(Path(config["pool"]).parent / "collection.json") if config["pool"] else None
+        summary["compute"] = [tokens + (pool or {"tokens": 0})["tokens"] for tokens in summary["compute"]]
+        arms.setdefault((name, config["steps"]), {})[config["seed"]] = summary
     if not arms:
         raise UserError("plot needs run folders: rlep.py plot RUN [RUN ...]")
     fewest = min(steps for _, steps in arms)
@@ -1310,26 +1252,25 @@ def compare(folders: list[str | Path], picture: Path) -> str:
     """Draws the arms' curves into picture; returns a Markdown table, means over seeds with 95% intervals."""
     arms = read_arms(folders)
     draw(arms, picture)
-    lines = [f"| | {' | '.join(arms)} |", "|---" * (len(arms) + 1) + "|"]
+    lines = [f"| | {' | '.join(arms)} |", "|---" * (len(arms) + 1) + "|",
+             f"| seeds | {' | '.join(str(len(runs)) for runs in arms.values())} |"]
 
     def add(title, form, value_of):
         cells = []
         for runs in arms.values():
             values = [value_of(run, arms.get("vanilla RL", {}).get(seed)) for seed, run in runs.items()]
             mean, half = over_seeds([value for value in values if value is not None] or [math.nan])
-            missing = f" ({values.count(None)} never)" if 0 < values.count(None) < len(values) else ""
-            cells.append("-" if math.isnan(mean) else format(mean, form) + (f" ± {half:{form[-3:]}}" if half else "") + missing)
+            never = f" ({values.count(None)} never)" if 0 < values.count(None) < len(values) else ""
+            cells.append("-" if math.isnan(mean) else format(mean, form) + f" ± {half:{form[-3:]}}" * (half > 0) + never)
         lines.append(f"| {title} | {' | '.join(cells)} |")
 
-    lines.append(f"| seeds | {' | '.join(str(len(runs)) for runs in arms.values())} |")
     for step in sorted({step for runs in arms.values() for run in runs.values() for step, _ in run["curve"]}):
         add(f"mean@k, step {step}", ".1%", lambda run, base: dict(run["curve"]).get(step))
     add("final minus vanilla's", "+.1%", lambda run, base: run["final"] - base["final"] if base else None)
     add("step of vanilla's peak", ".1f", lambda run, base: steps_to(run["curve"], base["peak"]) if base else None)
-    for title, form, key in (("final maj@k", ".1%", "maj_at_k"), ("final pass@k", ".1%", "pass_at_k"),
-                             ("distinct correct", ".1%", "distinct"), ("entropy, nats a token", ".3f", "entropy"),
-                             ("seconds a step", ".2f", "seconds_per_step")):
-        add(title, form, lambda run, base: run[key])
+    for name in OUTCOMES:
+        add(name, ".3f" if name == "entropy" else ".1%", lambda run, base: run[name])
+    add("seconds a step", ".2f", lambda run, base: run["seconds_per_step"])
     add("million tokens", ".2f", lambda run, base: run["compute"][-1] / 1e6)
     return "\n".join(lines)
 
@@ -1340,12 +1281,11 @@ def draw(arms: dict[str, dict[int, dict]], picture: Path) -> None:
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for name, runs in arms.items():
-        curves = [[value for _, value in run["curve"]] for run in runs.values()]
-        mean, half = 100 * np.array([over_seeds(values) for values in zip(*curves)]).T
-        steps = [step for step, _ in next(iter(runs.values()))["curve"]]
+        curves = np.array([run["curve"] for run in runs.values()])  # (seeds, evaluations, 2)
+        mean, half = 100 * np.array([over_seeds(values) for values in curves[:, :, 1].T]).T
         tokens = np.mean([run["compute"] for run in runs.values()], 0) / 1e6
-        for axis, x in zip(axes, (steps, tokens)):
-            line, = axis.plot(x, mean, marker=".", label=f"{name} ({len(runs)} seeds)" if len(runs) > 1 else name)
+        for axis, x in zip(axes, (curves[0, :, 0], tokens)):
+            line, = axis.plot(x, mean, marker=".", label=name)
             axis.fill_between(x, mean - half, mean + half, color=line.get_color(), alpha=0.15, linewidth=0)
     axes[0].set(xlabel="step", ylabel="accuracy on held-out problems, mean@k (%)")
     axes[1].set(xlabel="million tokens sampled and trained, seed policy and collection included")
@@ -1354,10 +1294,8 @@ def draw(arms: dict[str, dict[int, dict]], picture: Path) -> None:
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)
 
-# ---- Benchmark ----------------------------------------------------------------------------------------------------
-
 def bench(config: Config) -> None:
-    """Prints the time and memory of whole steps on --prompts, with random rewards: medians of --steps, and a JSON line."""
+    """Prints time and memory of whole steps on --prompts with random rewards: medians of --steps, and a JSON line."""
     if not config.model or not config.prompts:
         raise UserError("bench needs --model and --prompts FILE.jsonl, with a {\"prompt\": text or chat list} a line")
     policy, coin = Policy(config.model, config.device, config.gradient_checkpointing), random.Random(config.seed)
@@ -1366,29 +1304,19 @@ def bench(config: Config) -> None:
     if isinstance(raw[0][1].get("prompt"), str):  # a text is read as it is
         policy.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
     optimizer, memory, rows = MasterAdamW(policy.model, config.weight_decay), {"micro_tokens": config.micro_tokens}, []
-    whole = replace(config, minibatch_prompts=len(problems))  # one update a step: no old-log-prob pass; timed apart
-    halves = replace(config, minibatch_prompts=math.ceil(len(problems) / 2))
-    for step, settings in enumerate(tqdm([whole] * (config.steps + 1) + [halves], "bench")):
-        rows.append(train_step(policy, optimizer, problems, None, settings, step, memory,
+    sizes = [len(raw)] * (config.steps + 1) + [math.ceil(len(raw) / 2)]  # only the last step has an old-log-prob pass
+    for step, size in enumerate(tqdm(sizes, "bench")):
+        rows.append(train_step(policy, optimizer, problems, [], replace(config, minibatch_prompts=size), step, memory,
                                lambda *_: (False, coin.choice((-1.0, 1.0)))))
-    result = {"old_logp_s": rows.pop()["old_logp_s"], "resp_tokens": np.median([row["sampled_tokens"] for row in rows[1:]])}
-    for name in ("sample_s", "train_s", "step_s", "peak_sample_mib", "peak_train_mib"):
+    result = {"old_logp_s": rows.pop()["old_logp_s"]}
+    for name in ("resp_tokens", "sample_s", "train_s", "step_s", "peak_sample_mib", "peak_train_mib"):
         result[name] = float(np.median([row[name] or math.nan for row in rows[1:]]))  # the first step warms up
     result |= {f"{name}_tokens_per_s": result["resp_tokens"] / result[f"{name}_s"] for name in ("sample", "train", "step")}
-    print("\n".join(f"{name:>22} {value:12.3f}" for name, value in result.items()))
-    print(json.dumps(result))
+    print("\n".join(f"{name:>22} {value:12.3f}" for name, value in result.items()), json.dumps(result), sep="\n")
 
 # ---- The command line ---------------------------------------------------------------------------------------------
 
 COMMANDS = ("run", "train", "collect", "eval", "plot", "bench")
-USAGE = """rlep.py [run|train|collect|eval|plot|bench] [flags]
-
-  run      the whole method: vanilla RL, collection, replay training from the same base model, comparison (default)
-  train    one arm: RLEP with --pool FILE, vanilla RL without
-  collect  verified answers of --model to the training questions, into OUT/pool.jsonl
-  eval     mean@k, maj@k and pass@k of --model on --eval_data or --data
-  plot     table and picture of finished runs: rlep.py plot RUN [RUN ...] [--out FOLDER]
-  bench    speed and memory of --model on --prompts"""
 
 class Parser(HfArgumentParser):
     def error(self, message: str):
@@ -1396,30 +1324,30 @@ class Parser(HfArgumentParser):
 
 def parse(argv: list[str]) -> tuple[str, list[str], Config]:
     """The command, the folders to plot, and the checked configuration. Raises UserError."""
-    parser = Parser(Config, usage=USAGE, allow_abbrev=False)
+    parser = Parser(Config, usage=__doc__.split("\n\n")[1], allow_abbrev=False)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     parser.set_defaults(**PRESETS.get(parser.parse_intermixed_args(argv).preset, {}))
     values = vars(parser.parse_intermixed_args(argv))
     command, *folders = values.pop("words") or ["run"]
     if command not in COMMANDS or (folders and command != "plot"):
         raise UserError(f"{' '.join([command, *folders])}: not a command; the commands are {', '.join(COMMANDS)}")
-    config = Config(**values)
     may_be_0 = ("seed", "threads", "micro_tokens", "replays", "sft_steps", "lr_warmup_steps", "overlong_buffer")
     for name, value in values.items():
         least = 2 if name == "group_size" else 0 if isinstance(value, float) or name in may_be_0 else 1
         if type(value) in (int, float) and not value >= least:
             raise UserError(f"--{name} {value}: must be at least {least}")
-    if not 0 < config.top_p <= 1 or not 0 < config.collect_top_p <= 1:
-        raise UserError("--top_p and --collect_top_p: must be above 0 and at most 1")
-    if config.sft_steps and not config.pool:
+        if name.endswith("top_p") and not 0 < value <= 1:
+            raise UserError(f"--{name} {value}: must be above 0 and at most 1")
+    if values["sft_steps"] and not values["pool"]:
         raise UserError("--sft_steps: needs --pool FILE")
-    if config.device == "cuda" and not torch.cuda.is_available():
+    if values["device"] == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no usable CUDA GPU here; leave --device out to use what there is")
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = best if config.device == "auto" else config.device
-    about = "-".join(Path(name).stem for name in (config.model or "embedded", config.data or "embedded"))
-    return command, folders, replace(config, device=device, out=config.out or f"runs/{command}-{about}-seed{config.seed}",
-                                     micro_tokens=config.micro_tokens or (2048 if device == "cpu" else 16384))
+    if values["device"] == "auto":
+        values["device"] = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    about = "-".join(Path(values[name] or "embedded").stem for name in ("model", "data"))
+    values["out"] = values["out"] or f"runs/{command}-{about}-seed{values['seed']}"
+    values["micro_tokens"] = values["micro_tokens"] or (2048 if values["device"] == "cpu" else 16384)
+    return command, folders, Config(**values)
 
 def execute(command: str, folders: list[str], config: Config) -> None:
     """Runs a command and prints its result."""
@@ -1430,33 +1358,30 @@ def execute(command: str, folders: list[str], config: Config) -> None:
         return bench(config)
     if command == "plot":
         out.mkdir(parents=True, exist_ok=True)
-        return print(f"{compare(folders, out / 'curves.png')}\n\npicture: {out / 'curves.png'}")
+        return print(compare(folders, out / "curves.png"), f"picture: {out / 'curves.png'}", sep="\n\n")
     if command == "eval" and config.data and not config.eval_data:
         config = replace(config, data=None, eval_data=config.data)
     problems, held_out = load_problems(config)
-    if command in ("train", "run", "collect") and (out / "summary.json").exists() and not config.overwrite:
+    if command != "eval" and any((out / name).exists() for name in ("summary.json", "collection.json")) and not config.overwrite:
         print(f"{out}: this run is finished; --overwrite starts it anew", file=sys.stderr)
     if command == "run":
         summary = run(config, problems, held_out)
+        phases = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in summary["seconds_by_phase"].items())
         print(f"{summary['table']}\n\npool: {summary['pool']['answers']} verified answers to {summary['pool']['questions']} "
-              f"questions. {summary['seconds'] / 60:.1f} minutes: "
-              + ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in summary["seconds_by_phase"].items())
-              + f". Everything is in {out}/")
+              f"questions. {summary['seconds'] / 60:.1f} minutes: {phases}. Everything is in {out}/")
     elif command == "train":
-        summary = train(config, problems, held_out)
-        print(f"final mean@k {summary['final']:.1%}; the policy is {out / 'policy'}")
+        print(f"final mean@k {train(config, problems, held_out)['final']:.1%}; the policy is {out / 'policy'}")
     elif command == "collect":
         folder = RunFolder(out, {"command": command, **asdict(config)}, config.overwrite)
-        model = config.model or make_base(config, out / "base")
-        result = collect(replace(config, model=model), problems, folder.path)
-        print(f"{result['answers']} verified answers to {result['questions']} questions are in {out / 'pool.jsonl'}")
+        pool = collect(replace(config, model=config.model or make_base(config, out / "base")), problems, folder.path)
+        print(f"{pool['answers']} verified answers to {pool['questions']} questions are in {out / 'pool.jsonl'}")
     else:
-        model = config.model or make_base(config, out / "base")
-        print(accuracy_line(evaluate(Policy(model, config.device), held_out, config)))
+        policy = Policy(config.model or make_base(config, out / "base"), config.device)
+        print(accuracy_line(evaluate(policy, held_out, config)))
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for bad input (one line says what to do), 130 after Ctrl-C."""
-    hf_logging.disable_progress_bar()
+    disable_progress_bar()
     try:
         execute(*parse(sys.argv[1:] if argv is None else argv))
         return 0
