@@ -76,7 +76,7 @@ class Config:
     top_p: float = HfArg(default=1.0, help="nucleus of training and validation (paper: 1.0)")
     sample_rows: int = HfArg(default=512, help="answers sampled at once: bounds the key-value cache")
     # Training (section 4.1)
-    steps: int = HfArg(default=24, help="rollouts, each followed by prompts_per_step / minibatch_prompts updates")
+    steps: int = HfArg(default=18, help="rollouts, each followed by prompts_per_step / minibatch_prompts updates")
     minibatch_prompts: int = HfArg(default=4, help="questions an update; a group is never split (paper: 64)")
     learning_rate: float = HfArg(default=3e-4, help="AdamW, constant (paper: 1e-6, for a 7B model)")
     lr_warmup_steps: int = HfArg(default=2, help="steps over which the learning rate rises (paper: 10)")
@@ -89,7 +89,7 @@ class Config:
     overlong_factor: float = HfArg(default=1.0, help="the penalty at the limit (paper: 1.0)")
     micro_tokens: int = HfArg(default=0, help="tokens a backward pass, 0: 2048 on a CPU, 16384 on a GPU; bounds memory")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory for a third more time in the update")
-    save_every: int = HfArg(default=8, help="steps between checkpoints")
+    save_every: int = HfArg(default=6, help="steps between checkpoints")
     # Experience replay (section 3.2)
     replays: int = HfArg(default=2, help="M, replayed answers a group, with --pool (paper: 2)")
     replay_failed: bool = HfArg(default=False, help="also collect, and replay M, failed answers (the paper's ablation)")
@@ -99,9 +99,9 @@ class Config:
     collect_temperature: float = HfArg(default=0.7, help="of collection (authors: 0.7)")
     collect_top_p: float = HfArg(default=0.95, help="nucleus of collection (authors: 0.95)")
     # Evaluation, the embedded base model, the benchmark
-    eval_every: int = HfArg(default=4, help="steps between evaluations")
+    eval_every: int = HfArg(default=3, help="steps between evaluations")
     k: int = HfArg(default=8, help="answers a held-out question in evaluation (paper: 32)")
-    warmup_steps: int = HfArg(default=600, help="supervised steps that make the embedded base model")
+    warmup_steps: int = HfArg(default=900, help="supervised steps that make the embedded base model")
     prompts: str | None = HfArg(default=None, help="bench: .jsonl file with a prompt a line (text, or a chat list)")
 
 PRESETS = {"paper": dict(prompts_per_step=512, minibatch_prompts=64, max_new_tokens=3072, learning_rate=1e-6, steps=400,
@@ -120,7 +120,7 @@ def read_rows(path: str | Path):
     """Yields ("FILE:LINE", row) for the rows of a .jsonl or .parquet file. Raises UserError on a bad one."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    number, row, lines = 0, None, open(path, encoding="utf-8")
+    number, row, lines = 0, None, open(path, "rb")
     if str(path).endswith(".parquet"):
         try:
             import pyarrow.parquet  # used where it happens to be installed
@@ -135,7 +135,7 @@ def read_rows(path: str | Path):
                     raise ValueError("a row must be an object, {...}")
                 yield f"{path}:{number}", row
     except ValueError as error:  # JSON and UTF-8 errors are ValueErrors too
-        raise UserError(f"{path}:{max(1, number)}: not a JSON line ({error}); mend or delete it") from None
+        raise UserError(f"{path}:{number}: not a JSON line ({error}); mend or delete it") from None
     if row is None:
         raise UserError(f"{path}: the file is empty; it needs a JSON object a line")
 
@@ -203,15 +203,16 @@ def write_working(question: str, rng: random.Random, noise: float = 0.1) -> str:
         total = work(total, "+", work(*term))
     return f"{','.join(steps)}\\boxed{{{total}}}"
 
-def warm_up_examples(rng: random.Random, number: int = 64, work_share: float = 0.02) -> list[tuple[Problem, str, str]]:
+def warm_up_examples(step: int, rng: random.Random, number: int = 64) -> list[tuple[Problem, str, str]]:
     """(problem, start of an answer that is given, rest to learn): makes a base that can work but nearly always guesses.
 
-    Seven in eight teach how to work once one has begun to; one in eight how to begin: nearly always with a bare guess.
+    Seven in eight teach how to work once one has begun to; one in eight how to begin: with a bare guess, and once in 128
+    with work. That RL must first find out that working pays, is what makes replay show.
     """
     examples = []
     for i, problem in enumerate(embedded_problems(number, rng.getrandbits(48))):
         working, guess = write_working(problem.question, rng), f"\\boxed{{{rng.randrange(10)}}}"
-        begin = "Work: " + working if rng.random() < work_share else guess
+        begin = "Work: " + working if (step * number + i) // 8 % 128 == 0 else guess
         examples.append((problem, "Work: ", working) if i % 8 else (problem, "", begin))
     return examples
 
@@ -470,8 +471,11 @@ class Policy:
         """Writes an ordinary Hugging Face folder, whole or not at all."""
         unfinished = Path(f"{folder}.partial")
         shutil.rmtree(unfinished, ignore_errors=True)
-        self.model.save_pretrained(unfinished)
-        self.tokenizer.save_pretrained(unfinished)
+        try:
+            self.model.save_pretrained(unfinished)
+            self.tokenizer.save_pretrained(unfinished)
+        except Exception as error:  # safetensors has its own
+            raise UserError(f"{unfinished}: cannot be written ({str(error)[:150]}); make room, and start again") from None
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
 
@@ -526,7 +530,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
         probs = torch.zeros_like(probs).scatter_(-1, index, ordered)
     cumulative = probs.cumsum(-1)
     target = (1 - uniform[:, None]) * cumulative[:, -1:]  # in (0, total], so that probability 0 is never drawn
-    return torch.searchsorted(cumulative, target)[:, 0]
+    return torch.searchsorted(cumulative, target)[:, 0].clamp(max=logits.shape[-1] - 1)  # beyond the end: NaN logits
 
 @torch.no_grad()
 def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens: int, temperature: float = 1.0,
@@ -971,10 +975,13 @@ def evaluate(policy: Policy, problems: list[Problem], config: Config) -> dict:
 
 def write_whole(path: str | Path, content: str | Callable) -> None:
     """Writes a text, or what content(file) writes: a crash leaves the old file or the new one, never half of one."""
-    with open(f"{path}.partial", "wb") as file:
-        file.write(content.encode()) if isinstance(content, str) else content(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(f"{path}.partial", "wb") as file:
+            file.write(content.encode()) if isinstance(content, str) else content(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except RuntimeError as error:  # torch.save's word for a full disk
+        raise UserError(f"{path}.partial: cannot be written ({str(error)[:150]}); make room, and start again") from None
     os.replace(f"{path}.partial", path)
 
 def append_row(path: Path, row: dict) -> None:
@@ -998,26 +1005,34 @@ class RunFolder:
     may_change = {"out", "overwrite", "device", "threads", "micro_tokens", "save_every", "preset", "prompts"}
 
     def __init__(self, path: str | Path, settings: dict, overwrite: bool = False):
-        self.path, config = Path(path), Path(path) / "config.json"
+        self.path, self.settings, self.overwrite = Path(path), settings, overwrite
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / ".lock", "w")  # however the process ends, the system gives the lock back
         try:
             fcntl and fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{path}: another run is using this folder; wait for it, or give another --out") from None
-        if not config.exists() and not {p.name for p in self.path.iterdir()} <= {".lock", "config.json.partial"}:
+        old = read_json(self.path / "config.json")
+        if old is None and not {p.name for p in self.path.iterdir()} <= {".lock", "base", "config.json.partial"}:
             raise UserError(f"{path}: the folder is not empty and holds no run; give another --out")
-        if overwrite:
-            for entry in sorted(self.path.iterdir(), key=lambda entry: entry == config):  # config.json goes last
-                if entry.name != ".lock":
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        old = read_json(config) or settings
+        old = settings if old is None or overwrite else old
         longer = settings["command"] == old["command"] == "train" and settings["steps"] > old["steps"]  # may be extended
         differing = [f"--{name} {old.get(name)} there, {value} here" for name, value in settings.items()
                      if old.get(name) != value and name not in self.may_change and not (longer and name == "steps")]
         if differing:
             raise UserError(f"{path}: holds another run ({'; '.join(differing)}); give another --out, or --overwrite it")
-        write_whole(config, json.dumps(settings, indent=1))
+
+    def begin(self) -> None:
+        """Binds the folder to the settings, once the inputs have proved good; --overwrite deletes what it held."""
+        for entry in self.path.iterdir() if self.overwrite else ():
+            if entry.name not in (".lock", "base"):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        self.overwrite = False
+        write_whole(self.path / "config.json", json.dumps(self.settings, indent=1))
+
+    def finished(self, name: str) -> dict | None:
+        """The result in the JSON file of that name, if it is there and to be kept."""
+        return None if self.overwrite else read_json(self.path / name)
 
     def save(self, policy: Policy, optimizer: MasterAdamW, progress: dict) -> None:
         """The checkpoint. Random states and data order are not in it: they follow from seed and step (seed_of)."""
@@ -1061,14 +1076,16 @@ def supervised(policy, optimizer, folder: RunFolder, progress: dict, config, ste
 
 def make_base(config: Config, path: Path) -> str:
     """The embedded base model's folder. Its warm-up stands in for pretraining and is no part of the paper."""
-    folder = RunFolder(path, {"command": "base", "seed": config.seed, "warmup_steps": config.warmup_steps})
-    if not (path / "summary.json").exists():
+    settings = {"command": "base", "seed": config.seed, "warmup_steps": config.warmup_steps}
+    folder = RunFolder(path, settings, config.overwrite)
+    if not folder.finished("summary.json"):
+        folder.begin()
         save_random_model(path / "initial", seed_of(config.seed, "weights"))
         policy = Policy(str(path / "initial"), config.device)
         optimizer = MasterAdamW(policy.model, weight_decay=0.01)
 
         def batch_of(step):
-            examples = warm_up_examples(random.Random(seed_of(config.seed, "warm-up", step)))
+            examples = warm_up_examples(step, random.Random(seed_of(config.seed, "warm-up", step)))
             return [(policy.prompt(problem) + policy.tokens(given)[:-1], policy.tokens(rest)) for problem, given, rest in examples]
 
         def rate_of(step):  # a rise over the first tenth, then a cosine down to 0
@@ -1108,14 +1125,15 @@ def load_pools(config: Config, problems: list[Problem], policy: Policy) -> tuple
 def train(config: Config, problems: list[Problem], held_out: list[Problem]) -> dict:
     """One arm from the base model: RLEP with --pool, vanilla RL without. Leaves OUT/policy; returns its summary."""
     folder, size = RunFolder(config.out, {"command": "train", **asdict(config)}, config.overwrite), config.prompts_per_step
-    summary = read_json(folder.path / "summary.json")
-    if summary and summary["step"] >= config.steps:
+    if (summary := folder.finished("summary.json")) and summary["step"] >= config.steps:
+        print(f"{folder.path}: finished already; --overwrite starts anew", file=sys.stderr)
         return summary
     policy = Policy(config.model or make_base(config, folder.path / "base"), config.device, config.gradient_checkpointing)
     optimizer, memory = MasterAdamW(policy.model, config.weight_decay), {"micro_tokens": config.micro_tokens}
     pools, problems = load_pools(config, problems, policy) if config.pool else ([], problems)
     if len(problems) < size:
         raise UserError(f"--prompts_per_step {size}: there are only {len(problems)} training questions; lower it")
+    folder.begin()
     progress = folder.load(policy, optimizer)
 
     def pool_batch(step):  # for supervised fine-tuning, the obvious alternative to replay
@@ -1156,14 +1174,16 @@ def summarise(rows: list[dict]) -> dict:
             "final_ci95": last["ci95"], "seconds_per_step": float(np.median([row["step_s"] for row in rows if "step_s" in row])),
             "compute": [row["tokens"] for row in evaluated], **{name: last[name] for name in OUTCOMES}}
 
-def collect(config: Config, problems: list[Problem], path: Path) -> dict:
+def collect(config: Config, problems: list[Problem], folder: RunFolder) -> dict:
     """Experience collection (section 3.2): K answers a question from the seed policy --model, verified, into the pool.
 
     Questions answered correctly fewer than two times are left out. Leaves pool.jsonl; returns its statistics.
     """
-    if result := read_json(path / "collection.json"):
+    if result := folder.finished("collection.json"):
+        print(f"{folder.path}: the collection is finished already; --overwrite starts anew", file=sys.stderr)
         return result
-    policy, journal = Policy(config.model, config.device), path / "collection.partial.jsonl"
+    policy, path, journal = Policy(config.model, config.device), folder.path, folder.path / "collection.partial.jsonl"
+    folder.begin()
     settings = replace(config, temperature=config.collect_temperature, top_p=config.collect_top_p)
     rows = [json.loads(line) for line in open(journal) if line.endswith("\n")] if journal.exists() else []
     batch = max(1, config.sample_rows // config.collect_k)
@@ -1196,12 +1216,15 @@ def run(config: Config, problems: list[Problem], held_out: list[Problem]) -> dic
     """The whole method: base model, vanilla RL, collection, replay training from the base model, side by side."""
     folder = RunFolder(config.out, {"command": "run", **asdict(config)}, config.overwrite)
     path = folder.path.resolve()
-    if summary := read_json(path / "summary.json"):
+    if summary := folder.finished("summary.json"):
+        print(f"{folder.path}: finished already; --overwrite starts anew", file=sys.stderr)
         return summary
     base = config.model or make_base(config, path / "base")
+    Policy(base, config.device)  # a bad --model must be found before anything is deleted
+    folder.begin()
     arm = replace(config, model=base, pool=None, overwrite=False)
     vanilla = train(replace(arm, out=str(path / "vanilla")), problems, held_out)
-    pool = collect(replace(arm, model=str(path / "vanilla/policy")), problems, path)
+    pool = collect(replace(arm, model=str(path / "vanilla/policy")), problems, folder)
     rlep = train(replace(arm, out=str(path / "rlep"), pool=str(path / "pool.jsonl"),
                          replays=min(config.replays, pool["most"])), problems, held_out)
     warm_up = read_json(path / "base/summary.json") or {"seconds": 0.0}
@@ -1281,10 +1304,11 @@ def draw(arms: dict[str, dict[int, dict]], picture: Path) -> None:
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for name, runs in arms.items():
-        curves = np.array([run["curve"] for run in runs.values()])  # (seeds, evaluations, 2)
-        mean, half = 100 * np.array([over_seeds(values) for values in curves[:, :, 1].T]).T
-        tokens = np.mean([run["compute"] for run in runs.values()], 0) / 1e6
-        for axis, x in zip(axes, (curves[0, :, 0], tokens)):
+        points = [{step: (value, tokens) for (step, value), tokens in zip(run["curve"], run["compute"])} for run in runs.values()]
+        steps = sorted(set.intersection(*map(set, points)))  # those that all seeds were evaluated at
+        mean, half = 100 * np.array([over_seeds([point[step][0] for point in points]) for step in steps]).T
+        tokens = [np.mean([point[step][1] for point in points]) / 1e6 for step in steps]
+        for axis, x in zip(axes, (steps, tokens)):
             line, = axis.plot(x, mean, marker=".", label=name)
             axis.fill_between(x, mean - half, mean + half, color=line.get_color(), alpha=0.15, linewidth=0)
     axes[0].set(xlabel="step", ylabel="accuracy on held-out problems, mean@k (%)")
@@ -1362,8 +1386,6 @@ def execute(command: str, folders: list[str], config: Config) -> None:
     if command == "eval" and config.data and not config.eval_data:
         config = replace(config, data=None, eval_data=config.data)
     problems, held_out = load_problems(config)
-    if command != "eval" and any((out / name).exists() for name in ("summary.json", "collection.json")) and not config.overwrite:
-        print(f"{out}: this run is finished; --overwrite starts it anew", file=sys.stderr)
     if command == "run":
         summary = run(config, problems, held_out)
         phases = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in summary["seconds_by_phase"].items())
@@ -1373,7 +1395,7 @@ def execute(command: str, folders: list[str], config: Config) -> None:
         print(f"final mean@k {train(config, problems, held_out)['final']:.1%}; the policy is {out / 'policy'}")
     elif command == "collect":
         folder = RunFolder(out, {"command": command, **asdict(config)}, config.overwrite)
-        pool = collect(replace(config, model=config.model or make_base(config, out / "base")), problems, folder.path)
+        pool = collect(replace(config, model=config.model or make_base(config, out / "base")), problems, folder)
         print(f"{pool['answers']} verified answers to {pool['questions']} questions are in {out / 'pool.jsonl'}")
     else:
         policy = Policy(config.model or make_base(config, out / "base"), config.device)

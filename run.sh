@@ -25,7 +25,35 @@ if ! cmp -s requirements.txt .venv/installed.txt; then
     cp requirements.txt .venv/installed.txt
 fi
 
+python=.venv/bin/python
+
+# One seed of every arm; base, vanilla run and pool are shared by its arms. Finished runs return at once.
+evidence_seed() {
+    local seed=$1 at=runs/evidence/seed$1
+    arm() { "$python" rlep.py "$1" --seed "$seed" --threads 1 --out "$at/$2" "${@:3}"; }
+    arm run main
+    local base=$at/main/base/policy pool=$at/main/pool.jsonl
+    arm collect failed --model "$at/main/vanilla/policy" --replay_failed
+    arm train vanilla-twice --model "$base" --steps 36
+    arm train sft --model "$base" --pool "$pool" --sft_steps 6
+    arm train m1 --model "$base" --pool "$pool" --replays 1
+    arm train m4 --model "$base" --pool "$pool" --replays 4
+    arm train m2-failed --model "$base" --pool "$at/failed/pool.jsonl" --replay_failed
+    arm train m2-rescue --model "$base" --pool "$pool" --rescue
+}
+
+# Five seeds, two at a time, one core each. Started again, it goes on where it was.
+evidence() {
+    mkdir -p runs/evidence
+    export python && export -f evidence_seed
+    echo "run.sh: evidence is under way, the logs are runs/evidence/seed*.log" >&2
+    seq 0 4 | xargs -P 2 -I @ bash -c 'set -e; evidence_seed @ >runs/evidence/seed@.log 2>&1'
+    "$python" rlep.py plot runs/evidence/seed?/{main,vanilla-twice,sft,m1,m4,m2-failed,m2-rescue} \
+        --out runs/evidence | tee runs/evidence/table.md
+}
+
 case "${1:-run}" in
-    test) shift; exec .venv/bin/python -m pytest -q "$@" ;;
-    *) exec .venv/bin/python rlep.py "$@" ;;
+    test) shift; exec "$python" -m pytest -q "$@" ;;
+    evidence) evidence ;;
+    *) exec "$python" rlep.py "$@" ;;
 esac
