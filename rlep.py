@@ -76,10 +76,10 @@ class Config:
     top_p: float = HfArg(default=1.0, help="nucleus of training and validation (paper: 1.0)")
     sample_rows: int = HfArg(default=512, help="answers sampled at once: bounds the key-value cache")
     # Training (section 4.1)
-    steps: int = HfArg(default=18, help="rollouts, each followed by prompts_per_step / minibatch_prompts updates")
+    steps: int = HfArg(default=12, help="rollouts, each followed by prompts_per_step / minibatch_prompts updates")
     minibatch_prompts: int = HfArg(default=4, help="questions an update; a group is never split (paper: 64)")
-    learning_rate: float = HfArg(default=3e-4, help="AdamW, constant (paper: 1e-6, for a 7B model)")
-    lr_warmup_steps: int = HfArg(default=2, help="steps over which the learning rate rises (paper: 10)")
+    learning_rate: float = HfArg(default=5e-4, help="AdamW, constant (paper: 1e-6, for a 7B model)")
+    lr_warmup_steps: int = HfArg(default=1, help="steps over which the learning rate rises (paper: 10)")
     weight_decay: float = HfArg(default=0.1, help="AdamW (paper: 0.1)")
     max_grad_norm: float = HfArg(default=1.0, help="longer gradients are scaled to this norm (paper: 1.0)")
     clip_low: float = HfArg(default=0.2, help="epsilon below a ratio of 1 (Eq. 3)")
@@ -89,7 +89,7 @@ class Config:
     overlong_factor: float = HfArg(default=1.0, help="the penalty at the limit (paper: 1.0)")
     micro_tokens: int = HfArg(default=0, help="tokens a backward pass, 0: 2048 on a CPU, 16384 on a GPU; bounds memory")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory for a third more time in the update")
-    save_every: int = HfArg(default=6, help="steps between checkpoints")
+    save_every: int = HfArg(default=4, help="steps between checkpoints")
     # Experience replay (section 3.2)
     replays: int = HfArg(default=2, help="M, replayed answers a group, with --pool (paper: 2)")
     replay_failed: bool = HfArg(default=False, help="also collect, and replay M, failed answers (the paper's ablation)")
@@ -99,7 +99,7 @@ class Config:
     collect_temperature: float = HfArg(default=0.7, help="of collection (authors: 0.7)")
     collect_top_p: float = HfArg(default=0.95, help="nucleus of collection (authors: 0.95)")
     # Evaluation, the embedded base model, the benchmark
-    eval_every: int = HfArg(default=3, help="steps between evaluations")
+    eval_every: int = HfArg(default=2, help="steps between evaluations")
     k: int = HfArg(default=8, help="answers a held-out question in evaluation (paper: 32)")
     warmup_steps: int = HfArg(default=900, help="supervised steps that make the embedded base model")
     prompts: str | None = HfArg(default=None, help="bench: .jsonl file with a prompt a line (text, or a chat list)")
@@ -206,13 +206,13 @@ def write_working(question: str, rng: random.Random, noise: float = 0.1) -> str:
 def warm_up_examples(step: int, rng: random.Random, number: int = 64) -> list[tuple[Problem, str, str]]:
     """(problem, start of an answer that is given, rest to learn): makes a base that can work but nearly always guesses.
 
-    Seven in eight teach how to work once one has begun to; one in eight how to begin: with a bare guess, and once in 128
+    Seven in eight teach how to work once one has begun to; one in eight how to begin: with a bare guess, and once in 96
     with work. That RL must first find out that working pays, is what makes replay show.
     """
     examples = []
     for i, problem in enumerate(embedded_problems(number, rng.getrandbits(48))):
         working, guess = write_working(problem.question, rng), f"\\boxed{{{rng.randrange(10)}}}"
-        begin = "Work: " + working if (step * number + i) // 8 % 128 == 0 else guess
+        begin = "Work: " + working if (step * number + i) // 8 % 96 == 0 else guess
         examples.append((problem, "Work: ", working) if i % 8 else (problem, "", begin))
     return examples
 
@@ -705,7 +705,8 @@ def response_logprobs(model, prompts: list[list[int]], responses: list[list[int]
     index = torch.tensor([row * width + column for answer in places for row, column in answer], device=device)
     targets = torch.tensor([token for response in responses for token in response], device=device)
     hidden = hidden.flatten(0, 1).index_select(0, index)  # (all response tokens, d): no logits of anything else are made
-    logprobs, mask = token_logprobs(hidden, model.get_output_embeddings(), targets, temperature), length_mask(responses, device)
+    logprobs = token_logprobs(hidden, model.get_output_embeddings(), targets, temperature)
+    mask = length_mask(responses, device)
     return torch.zeros(mask.shape, device=device).masked_scatter(mask, logprobs), mask
 
 def token_logprobs(hidden: Tensor, head, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -841,7 +842,8 @@ def update_policy(model, optimizer: MasterAdamW, prompts, responses, advantages:
     """
     while True:
         try:
-            stats = accumulate_gradients(model, prompts, responses, advantages, old_logprobs, memory["micro_tokens"], **options)
+            stats = accumulate_gradients(model, prompts, responses, advantages, old_logprobs, memory["micro_tokens"],
+                                         **options)
             break
         except torch.cuda.OutOfMemoryError:
             if memory["micro_tokens"] <= max(len(p) + len(r) for p, r in zip(prompts, responses)):
@@ -880,7 +882,8 @@ def make_groups(policy, batch: list[Problem], pools: list[ExperiencePool], confi
         rollouts += fresh
         if not (config.rescue and any(rollout.correct for rollout in fresh)):
             drawn = [policy.tokens(text) for pool in pools for text in pool.draw(problem.question, config.replays, rng)]
-            rollouts += [Rollout(group, prompt, response, *score(policy, problem, response, config), True) for response in drawn]
+            rollouts += [Rollout(group, prompt, response, *score(policy, problem, response, config), replayed=True)
+                         for response in drawn]
     return rollouts
 
 def train_step(policy, optimizer, batch: list[Problem], pools, config: Config, step: int, memory: dict, score=score) -> dict:
@@ -1086,7 +1089,8 @@ def make_base(config: Config, path: Path) -> str:
 
         def batch_of(step):
             examples = warm_up_examples(step, random.Random(seed_of(config.seed, "warm-up", step)))
-            return [(policy.prompt(problem) + policy.tokens(given)[:-1], policy.tokens(rest)) for problem, given, rest in examples]
+            return [(policy.prompt(problem) + policy.tokens(given)[:-1], policy.tokens(rest))
+                    for problem, given, rest in examples]
 
         def rate_of(step):  # a rise over the first tenth, then a cosine down to 0
             done = (step + 1) / config.warmup_steps
@@ -1142,7 +1146,8 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem]) -> d
         return [(policy.prompt(problem), policy.tokens(*pools[0].draw(problem.question, 1, rng))) for problem in drawn]
 
     if config.sft_steps:
-        supervised(policy, optimizer, folder, progress, config, config.sft_steps, pool_batch, lambda step: config.learning_rate)
+        supervised(policy, optimizer, folder, progress, config, config.sft_steps, pool_batch,
+                   lambda step: config.learning_rate)
         pools = []
     first, label = progress["step"] + 1, "RLEP" if pools else "vanilla RL"
     for step in tqdm(range(first, config.steps + 1), label, config.steps + 1, initial=first):
@@ -1170,8 +1175,8 @@ def summarise(rows: list[dict]) -> dict:
     """An arm's summary, from its metrics."""
     evaluated = [row for row in rows if "mean_at_k" in row]
     last, curve = evaluated[-1], [[row["step"], row["mean_at_k"]] for row in evaluated]
-    return {"curve": curve, "peak": max(value for _, value in curve), "final": last["mean_at_k"],
-            "final_ci95": last["ci95"], "seconds_per_step": float(np.median([row["step_s"] for row in rows if "step_s" in row])),
+    return {"curve": curve, "peak": max(value for _, value in curve), "final": last["mean_at_k"], "final_ci95": last["ci95"],
+            "seconds_per_step": float(np.median([row["step_s"] for row in rows if "step_s" in row])),
             "compute": [row["tokens"] for row in evaluated], **{name: last[name] for name in OUTCOMES}}
 
 def collect(config: Config, problems: list[Problem], folder: RunFolder) -> dict:
@@ -1207,7 +1212,8 @@ def collect(config: Config, problems: list[Problem], folder: RunFolder) -> dict:
     seed_run = read_json(Path(config.model).parent / "summary.json") or {}  # what the seed policy cost, if known
     total = {name: sum(row[name] for row in rows) for name in ("seconds", "tokens")}
     result = {"questions": len(pool.questions()), "answers": len(pool), "left_out": len(problems) - len(pool.questions()),
-              "most": max(map(len, pool.answers.values())), "seconds": total["seconds"], "tokens": total["tokens"] + seed_run.get("tokens", 0)}
+              "most": max(map(len, pool.answers.values())), "seconds": total["seconds"],
+              "tokens": total["tokens"] + seed_run.get("tokens", 0)}
     write_whole(path / "collection.json", json.dumps(result))
     journal.unlink()
     return result
@@ -1244,7 +1250,8 @@ def steps_to(curve: list, level: float) -> int | None:
 
 def accuracy_line(row: dict) -> str:
     low, high = row["ci95"]
-    return f"mean@k {row['mean_at_k']:.1%} ({low:.1%} to {high:.1%}), maj@k {row['maj_at_k']:.1%}, pass@k {row['pass_at_k']:.1%}"
+    return (f"mean@k {row['mean_at_k']:.1%} ({low:.1%} to {high:.1%}), maj@k {row['maj_at_k']:.1%}, "
+            f"pass@k {row['pass_at_k']:.1%}")
 
 def over_seeds(values: list[float]) -> tuple[float, float]:
     """The mean, and half the width of its 95% interval (Student's t; 0 for a single seed)."""
@@ -1304,7 +1311,8 @@ def draw(arms: dict[str, dict[int, dict]], picture: Path) -> None:
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for name, runs in arms.items():
-        points = [{step: (value, tokens) for (step, value), tokens in zip(run["curve"], run["compute"])} for run in runs.values()]
+        points = [{step: (value, tokens) for (step, value), tokens in zip(run["curve"], run["compute"])}
+                  for run in runs.values()]
         steps = sorted(set.intersection(*map(set, points)))  # those that all seeds were evaluated at
         mean, half = 100 * np.array([over_seeds([point[step][0] for point in points]) for step in steps]).T
         tokens = [np.mean([point[step][1] for point in points]) / 1e6 for step in steps]

@@ -34,8 +34,8 @@ evidence_seed() {
     arm run main
     local base=$at/main/base/policy pool=$at/main/pool.jsonl
     arm collect failed --model "$at/main/vanilla/policy" --replay_failed
-    arm train vanilla-twice --model "$base" --steps 36
-    arm train sft --model "$base" --pool "$pool" --sft_steps 6
+    arm train vanilla-twice --model "$base" --steps 24
+    arm train sft --model "$base" --pool "$pool" --sft_steps 4
     arm train m1 --model "$base" --pool "$pool" --replays 1
     arm train m4 --model "$base" --pool "$pool" --replays 4
     arm train m2-failed --model "$base" --pool "$at/failed/pool.jsonl" --replay_failed
