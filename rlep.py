@@ -169,9 +169,9 @@ def load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
         return list({problem.question: problem for problem in problems}.values())  # each question once
 
     eval_size = config.eval_size or 256
-    if config.eval_data:
-        return read(config.data)[:config.train_size] if config.data else [], read(config.eval_data)[:config.eval_size]
     problems = read(config.data) if config.data else embedded_problems((config.train_size or 512) + eval_size, seed=0)
+    if config.eval_data:
+        return problems[:config.train_size], read(config.eval_data)[:config.eval_size]
     if len(problems) <= eval_size:
         raise UserError(f"{config.data}: --eval_size {eval_size} leaves none of its {len(problems)} questions; lower it")
     return problems[:-eval_size][:config.train_size], problems[-eval_size:]
@@ -1027,7 +1027,8 @@ class RunFolder:
 
     def begin(self) -> None:
         """Binds the folder to the settings, once the inputs have proved good; --overwrite deletes what it held."""
-        for entry in self.path.iterdir() if self.overwrite else ():
+        entries = sorted(self.path.iterdir(), key=lambda entry: entry.name == "config.json")  # that one goes last
+        for entry in entries if self.overwrite else ():
             if entry.name not in (".lock", "base"):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         self.overwrite = False
@@ -1101,7 +1102,7 @@ def make_base(config: Config, path: Path) -> str:
         supervised(policy, optimizer, folder, progress, config, config.warmup_steps, batch_of, rate_of)
         policy.save(path / "policy")
         write_whole(path / "summary.json", json.dumps({"seconds": progress["seconds"]}))
-    return str(path.resolve() / "policy")
+    return str(path / "policy")
 
 def question_order(count: int, seed: int, first: int, number: int) -> list[int]:
     """Places first to first + number - 1 in the endless sequence of shuffled epochs over count questions."""
@@ -1169,6 +1170,7 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem]) -> d
     policy.save(folder.path / "policy")
     summary = summarise([json.loads(line) for line in open(folder.path / "metrics.jsonl")]) | progress
     write_whole(folder.path / "summary.json", json.dumps(summary, indent=1))
+    folder.lock.close()
     return summary
 
 def summarise(rows: list[dict]) -> dict:
@@ -1221,7 +1223,7 @@ def collect(config: Config, problems: list[Problem], folder: RunFolder) -> dict:
 def run(config: Config, problems: list[Problem], held_out: list[Problem]) -> dict:
     """The whole method: base model, vanilla RL, collection, replay training from the base model, side by side."""
     folder = RunFolder(config.out, {"command": "run", **asdict(config)}, config.overwrite)
-    path = folder.path.resolve()
+    path = folder.path
     if summary := folder.finished("summary.json"):
         print(f"{folder.path}: finished already; --overwrite starts anew", file=sys.stderr)
         return summary
@@ -1240,6 +1242,7 @@ def run(config: Config, problems: list[Problem], held_out: list[Problem]) -> dic
                "steps_to_baseline_peak": steps_to(rlep["curve"], vanilla["peak"]), "seconds": sum(seconds.values()),
                "seconds_by_phase": seconds, "config": asdict(config), "table": compare([path], path / "curves.png")}
     write_whole(path / "summary.json", json.dumps(summary, indent=1))
+    folder.lock.close()
     return summary
 
 # ---- Comparing runs -----------------------------------------------------------------------------------------------
