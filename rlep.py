@@ -1074,6 +1074,7 @@ def supervised(policy, optimizer, folder: RunFolder, progress: dict, config, ste
         start, (prompts, responses) = time.perf_counter(), zip(*batch_of(step))
         update_policy(policy.model, optimizer, prompts, responses, torch.ones(len(prompts), device=policy.model.device),
                       None, memory, learning_rate=rate_of(step))
+        progress["tokens"] += sum(map(len, responses))
         progress |= {"supervised": step + 1, "seconds": progress["seconds"] + time.perf_counter() - start}
         if (step + 1) % 100 == 0 or step + 1 == steps:
             folder.save(policy, optimizer, progress)
