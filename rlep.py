@@ -1203,15 +1203,15 @@ def collect(config: Config, problems: list[Problem], folder: RunFolder) -> dict:
         rows.append({"texts": texts, "tokens": sum(map(len, responses)), "seconds": time.perf_counter() - start})
         append_row(journal, rows[-1])
         start = time.perf_counter()
-    pools = {"pool.jsonl": ExperiencePool(), "failed.jsonl": ExperiencePool(failed=True)}
+    pools = {"pool.jsonl": ExperiencePool()} | ({"failed.jsonl": ExperiencePool(failed=True)} if config.replay_failed else {})
     for problem, row in zip(problems, rows):
         enough = sum(verify(text, problem.gold) for text in row["texts"]) >= 2
         for text, pool in ((text, pool) for text in row["texts"] for pool in pools.values() if enough):
             pool.add(problem.question, problem.gold, text, problem.chat)
     if not len(pool := pools["pool.jsonl"]):
         raise UserError(f"{config.model}: solved no question twice in {config.collect_k} tries; train it longer")
-    for name in list(pools)[:1 + config.replay_failed]:
-        pools[name].save(path / name)
+    for name, texts in pools.items():
+        texts.save(path / name)
     seed_run = read_json(Path(config.model).parent / "summary.json") or {}  # what the seed policy cost, if known
     total = {name: sum(row[name] for row in rows) for name in ("seconds", "tokens")}
     result = {"questions": len(pool.questions()), "answers": len(pool), "left_out": len(problems) - len(pool.questions()),
@@ -1229,7 +1229,8 @@ def run(config: Config, problems: list[Problem], held_out: list[Problem]) -> dic
         print(f"{folder.path}: finished already; --overwrite starts anew", file=sys.stderr)
         return summary
     base = config.model or make_base(config, path / "base")
-    Policy(base, config.device)  # a bad --model must be found before anything is deleted
+    if config.model:
+        Policy(base, config.device)  # a bad --model must be found before anything is deleted
     folder.begin()
     arm = replace(config, model=base, pool=None, overwrite=False)
     vanilla = train(replace(arm, out=str(path / "vanilla")), problems, held_out)
