@@ -39,7 +39,6 @@ from tqdm import tqdm
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicLayer,
                           HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast)
 from transformers.hf_argparser import HfArg
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.logging import disable_progress_bar
 
 try:
@@ -87,7 +86,7 @@ class Config:
     dual_clip: float = HfArg(default=10.0, help="largest ratio that counts where the advantage is negative, 0: no bound")
     overlong_buffer: int = HfArg(default=0, help="tokens before the limit in which length is penalised (paper: 512)")
     overlong_factor: float = HfArg(default=1.0, help="the penalty at the limit (paper: 1.0)")
-    micro_tokens: int = HfArg(default=0, help="tokens a backward pass, 0: 2048 on a CPU, 16384 on a GPU; bounds memory")
+    micro_tokens: int = HfArg(default=0, help="tokens a backward pass, 0: 1024 on a CPU, 16384 on a GPU; bounds memory")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory for a third more time in the update")
     save_every: int = HfArg(default=4, help="steps between checkpoints")
     # Experience replay (section 3.2)
@@ -423,7 +422,6 @@ class Policy:
     """A causal language model with its tokenizer, from the hub or a folder."""
 
     def __init__(self, path: str, device: str, gradient_checkpointing: bool = False):
-        AttentionInterface.register("rlep", one_token_attention)
         try:
             settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
             for name in [name for name in vars(settings) if "dropout" in name]:
@@ -431,7 +429,7 @@ class Policy:
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             self.model = AutoModelForCausalLM.from_pretrained(
                 path, config=settings, dtype=torch.bfloat16 if device == "cuda" else torch.float32,
-                attn_implementation="rlep", trust_remote_code=False).to(device)
+                trust_remote_code=False).to(device)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"--model {path}: give a hub id or a save_pretrained folder ({str(error)[:200]})") from None
         if gradient_checkpointing:
@@ -485,33 +483,55 @@ def seed_of(*parts) -> int:
 
 # ---- Sampling -----------------------------------------------------------------------------------------------------
 
-class GrowingLayer(DynamicLayer):
-    """A layer of the key-value cache in buffers that grow by 16 columns; DynamicLayer copies all at every token."""
-    length = 0  # columns in use
+class GroupLayer(DynamicLayer):
+    """A layer of the key-value cache: a prompt's keys and values, once for its group, and buffers of 16, 32, ... columns for
+    the answers."""
+    length = 0  # columns of the answers in use
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Appends (rows, heads, new, size) and returns the whole buffers: a mask must hide the columns not in use."""
+        """Takes the prompts (P, heads, T, size), then a token of each answer (rows, heads, 1, size). Returns the prompts, or
+        the answers' whole buffers, since a slice of them would be slower to read: a mask must hide the unused columns."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-            self.keys, self.values = keys, values
-        else:
-            if self.length == self.keys.shape[2]:
-                self.keys, self.values = F.pad(self.keys, (0, 0, 0, 16)), F.pad(self.values, (0, 0, 0, 16))
-            self.keys[:, :, self.length], self.values[:, :, self.length] = keys[:, :, 0], values[:, :, 0]
-        self.length += keys.shape[2]
+            self.prompts = keys, values
+            return keys, values
+        if self.length == 0:
+            self.keys, self.values = keys[:, :, :0], values[:, :, :0]
+        if self.length % 16 == 0:
+            room = keys.new_zeros(*keys.shape[:2], 16, keys.shape[3])
+            self.keys, self.values = torch.cat([self.keys, room], 2), torch.cat([self.values, room], 2)
+        self.keys[:, :, self.length], self.values[:, :, self.length] = keys[:, :, 0], values[:, :, 0]
+        self.length += 1
         return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.keys, self.values = self.keys.index_select(0, indices), self.values.index_select(0, indices)
 
     def get_seq_length(self) -> int:
         return self.length
 
-def one_token_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, **kwargs):
-    """SDPA, but for one new token a row on a CPU two batched products, which are twice as fast there."""
-    rows, heads, new, size = query.shape
-    if new > 1 or query.is_cuda or attention_mask is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    query = query.reshape(-1, heads // key.shape[1], size) * (scaling or size**-0.5)  # (rows * key heads, sharers, size)
-    scores = torch.bmm(query, key.flatten(0, 1).transpose(1, 2)).view(rows, heads, -1) + attention_mask[:, 0]
-    return torch.bmm(scores.softmax(-1).view(*query.shape[:2], -1), value.flatten(0, 1)).view(rows, 1, heads, -1), None
+def group_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, *, layers, alive,
+                    group_size: int, **kwargs):
+    """Attention of one new token a row, whose prompt's keys and values are read once for its group, not once a row.
+
+    query (rows, sharers * heads, 1, size); key, value (rows, heads, columns, size), the answers'; alive (rows,) the rows'
+    places in the whole batch of P * group_size; attention_mask (rows, 1, 1, T + columns), added to the scores.
+    """
+    keys, values = layers[module.layer_idx].prompts  # (P, heads, T, size)
+    (P, heads, T, size), rows = keys.shape, len(query)
+
+    def spread(x):  # (rows, heads, sharers, n) -> (P, group_size, heads, sharers, n), 0 for finished answers
+        return x.new_zeros(P * group_size, *x.shape[1:]).index_copy_(0, alive, x).unflatten(0, (P, group_size))
+
+    query = query.reshape(rows, heads, -1, size) * (scaling or size**-0.5)
+    to_prompt = torch.einsum("pghsd,phtd->pghst", spread(query), keys).flatten(0, 1).index_select(0, alive)
+    scores = torch.cat([to_prompt, torch.einsum("rhsd,rhtd->rhst", query, key)], -1) + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    out = torch.einsum("rhst,rhtd->rhsd", weights[..., T:], value)
+    out += torch.einsum("pghst,phtd->pghsd", spread(weights[..., :T]), values).flatten(0, 1).index_select(0, alive)
+    return out.reshape(rows, 1, -1, size), None
+
+AttentionInterface.register("group", group_attention)
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """(rows, queries, keys) of booleans -> (rows, 1, queries, keys): 0 where visible, else the lowest number."""
@@ -523,7 +543,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
     Temperature 0 takes the most probable token. One random number a row keeps rows independent of each other."""
     if temperature == 0:
         return logits.argmax(-1)
-    probs = torch.softmax(logits.float() / temperature, -1)
+    probs = torch.softmax(logits.float() if temperature == 1 else logits.float() / temperature, -1)
     if top_p < 1:
         ordered, index = probs.sort(-1, descending=True)
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # leaves the smallest set that reaches top_p
@@ -532,33 +552,48 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
     target = (1 - uniform[:, None]) * cumulative[:, -1:]  # in (0, total], so that probability 0 is never drawn
     return torch.searchsorted(cumulative, target)[:, 0].clamp(max=logits.shape[-1] - 1)  # beyond the end: NaN logits
 
-@torch.no_grad()
+@torch.inference_mode()
 def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens: int, temperature: float = 1.0,
             top_p: float = 1.0, eos_token_id: int | list[int], pad_token_id: int, generator=None) -> list[list[list[int]]]:
     """Samples group_size answers to each prompt, given as token ids (section 3.1; the old policy pi_old).
 
     Returns a list (one per prompt) of group_size lists of token ids, the end token included where it was reached, since
-    stopping must be learnt too. A prompt is read once and its cache copied to its group; finished rows leave the batch.
-    The same state of the torch generator gives the same tokens. Uses additive_mask, sample_tokens and GrowingLayer.
+    stopping must be learnt too. A prompt is read once, and its cache serves its whole group. The same state of the torch
+    generator gives the same tokens. Uses decode, sample_tokens, additive_mask, GroupLayer and group_attention.
     """
     model.eval()
-    device, stop = model.device, torch.tensor(eos_token_id, device=model.device)
+    device, ends = model.device, torch.tensor(eos_token_id, device=model.device)
     lengths, width = torch.tensor([len(p) for p in prompts], device=device), max(map(len, prompts))
     ids = torch.tensor([list(p) + [pad_token_id] * (width - len(p)) for p in prompts], device=device)  # (P, T)
-    cache = Cache(layer_class_to_replicate=GrowingLayer)
+    cache = Cache(layer_class_to_replicate=GroupLayer)
     hidden = model.base_model(ids, past_key_values=cache, use_cache=True).last_hidden_state  # causal: padding is not seen
     logits = model.get_output_embeddings()(hidden[torch.arange(len(ids), device=device), lengths - 1])  # (P, V)
-    cache.batch_repeat_interleave(group_size)  # from here on a row is an answer
-    logits, lengths = logits.repeat_interleave(group_size, 0), lengths.repeat_interleave(group_size)
-    rows, columns = len(lengths), torch.arange(width + max_new_tokens + 16, device=device)
-    mask = additive_mask((columns < lengths[:, None])[:, None], model.dtype)  # (rows, 1, 1, columns): the prompts
-    tokens = torch.full((rows, max_new_tokens), pad_token_id, device=device)
+    logits, lengths = (x.repeat_interleave(group_size, 0) for x in (logits, lengths))  # from here on a row is an answer
+    mask = additive_mask((torch.arange(width, device=device) < lengths[:, None])[:, None], model.dtype)  # (rows, 1, 1, T)
+    usual_attention = model.config._attn_implementation
+    try:
+        model.set_attn_implementation("group")
+        tokens = decode(model, cache, logits, lengths, mask, group_size, max_new_tokens, ends, generator,
+                        partial(sample_tokens, temperature=temperature, top_p=top_p)).tolist()
+    finally:
+        model.set_attn_implementation(usual_attention)
+    ends = set(ends.flatten().tolist())
+    ended = [next((i + 1 for i, token in enumerate(row) if token in ends), max_new_tokens) for row in tokens]
+    answers = [row[:end] for row, end in zip(tokens, ended)]
+    return [answers[i:i + group_size] for i in range(0, len(answers), group_size)]
+
+def decode(model, cache: Cache, logits: Tensor, lengths: Tensor, mask: Tensor, group_size: int, max_new_tokens: int,
+           ends: Tensor, generator, sample: Callable) -> Tensor:
+    """The loop of rollout, a token a row and step: logits (rows, V) at the prompts' last tokens, lengths (rows,) and mask
+    (rows, 1, 1, T) of the prompts -> tokens (rows, max_new_tokens), meaningless after an end. Finished rows are dropped."""
+    rows, width, device = len(lengths), mask.shape[-1], lengths.device
+    mask = F.pad(mask, (0, max_new_tokens + 16), value=torch.finfo(mask.dtype).min)
+    tokens = torch.zeros((rows, max_new_tokens), dtype=torch.long, device=device)
     alive, done = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
-        uniform = torch.rand(rows, generator=generator, device=device)[alive]
-        token = sample_tokens(logits, uniform, temperature, top_p)
-        tokens[alive, step] = token
-        done |= torch.isin(token, stop)
+        uniform = torch.rand(rows, generator=generator, device=device)[alive]  # for all rows: neighbours change nothing
+        token = tokens[alive, step] = sample(logits, uniform)
+        done |= torch.isin(token, ends)
         if step % 4 == 3:  # the only place where a GPU has to wait for the CPU
             keep = (~done).nonzero()[:, 0]
             if len(keep) < len(alive):
@@ -567,13 +602,10 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
         if step + 1 == max_new_tokens or len(alive) == 0:
             break
         mask[..., width + step] = 0
-        size = width + 16 * (step // 16 + 1)  # columns of the cache's buffers
-        logits = model(token[:, None], attention_mask=mask[..., :size], position_ids=(lengths + step)[:, None],
-                       past_key_values=cache, use_cache=True).logits[:, -1]
-    ends, tokens = set(stop.flatten().tolist()), tokens.tolist()
-    ended = [next((i + 1 for i, token in enumerate(row) if token in ends), max_new_tokens) for row in tokens]
-    answers = [row[:end] for row, end in zip(tokens, ended)]
-    return [answers[i:i + group_size] for i in range(0, rows, group_size)]
+        size = width + 16 * (step // 16 + 1)  # columns of the prompts and of the answers' buffers
+        logits = model(token[:, None], attention_mask=mask[..., :size], position_ids=(lengths + step)[:, None], use_cache=True,
+                       past_key_values=cache, layers=cache.layers, alive=alive, group_size=group_size).logits[:, -1]
+    return tokens
 
 # ---- Experience pool ----------------------------------------------------------------------------------------------
 
@@ -791,26 +823,28 @@ class MasterAdamW:
         self.clear()
         return norm if math.isfinite(norm) else None
 
-def micro_batches(prompts, responses, micro_tokens: int):
-    """Yields (answer indices, their prompts, their responses) of at most micro_tokens, padding included, or one row.
+def micro_batches(model, prompts, responses, micro_tokens: int):
+    """Yields (answer indices, arguments of response_logprobs) for at most micro_tokens, padding included, or for one row.
 
-    Rows (see pack_rows) of similar length go together, so that few tokens are padding.
+    Rows (see pack_rows) of similar length go together, so that few tokens are padding. A row is about as long as the model
+    is wide: attention, whose cost grows with the row, then takes a sixth of what the linear layers take.
     """
-    rows = pack_rows(prompts, responses, min(512, micro_tokens))
+    row_tokens = min(max(256, model.config.hidden_size), micro_tokens)
+    rows = pack_rows(prompts, responses, row_tokens)
     length = {row[0]: len(prompts[row[0]]) + sum(len(responses[i]) for i in row) for row in rows}
     rows.sort(key=lambda row: length[row[0]])
     while rows:
         count = max(1, min(len(rows), micro_tokens // length[rows[-1][0]]))  # the last row is the longest
         batch, rows = [i for row in rows[-count:] for i in row], rows[:-count]
-        yield batch, [prompts[i] for i in batch], [responses[i] for i in batch]
+        yield batch, dict(prompts=[prompts[i] for i in batch], responses=[responses[i] for i in batch], row_tokens=row_tokens)
 
 @torch.no_grad()
 def all_logprobs(model, prompts, responses, micro_tokens: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """response_logprobs of any number of answers, in micro-batches and without gradients: pi_old of Eq. 3."""
     mask = length_mask(responses, model.device)
     logprobs = torch.zeros(mask.shape, device=model.device)
-    for batch, *pair in micro_batches(prompts, responses, micro_tokens):
-        part, _ = response_logprobs(model, *pair, temperature=temperature, row_tokens=min(512, micro_tokens))
+    for batch, part in micro_batches(model, prompts, responses, micro_tokens):
+        part, _ = response_logprobs(model, **part, temperature=temperature)
         logprobs[batch, :part.shape[1]] = part
     return logprobs, mask
 
@@ -824,9 +858,9 @@ def accumulate_gradients(model, prompts, responses, advantages: Tensor, old_logp
     model.train()
     num_tokens, total = sum(map(len, responses)), Counter(loss=0.0, clip_low=0.0, clip_high=0.0, dual_clip=0.0)
     used, ratio_max = advantages.nonzero()[:, 0].tolist(), 1.0
-    for batch, *pair in micro_batches([prompts[i] for i in used], [responses[i] for i in used], micro_tokens):
+    for batch, part in micro_batches(model, [prompts[i] for i in used], [responses[i] for i in used], micro_tokens):
         batch = [used[i] for i in batch]
-        logprobs, mask = response_logprobs(model, *pair, temperature=temperature, row_tokens=min(512, micro_tokens))
+        logprobs, mask = response_logprobs(model, **part, temperature=temperature)
         old = logprobs.detach() if old_logprobs is None else old_logprobs[batch, :mask.shape[1]]
         loss, stats = policy_loss(logprobs, old, advantages[batch], mask, num_tokens=num_tokens, **clip)
         loss.backward()
@@ -1006,104 +1040,89 @@ class RunFolder:
     Raises UserError if another process uses it, its settings differ (naming them), or it holds something else.
     """
     may_change = {"out", "overwrite", "device", "threads", "micro_tokens", "save_every", "preset", "prompts"}
+    kept = {".lock", "base", "initial", "config.json.partial"}  # may be there before config.json is, and while others go
 
-    def __init__(self, path: str | Path, settings: dict, overwrite: bool = False):
-        self.path, self.settings, self.overwrite = Path(path), settings, overwrite
+    def __init__(self, command: str, config: Config):
+        self.path, self.settings, self.overwrite = Path(config.out), {"command": command, **asdict(config)}, config.overwrite
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / ".lock", "w")  # however the process ends, the system gives the lock back
         try:
             fcntl and fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{path}: another run is using this folder; wait for it, or give another --out") from None
+            raise UserError(f"{self.path}: another run is using this folder; wait for it, or give another --out") from None
         old = read_json(self.path / "config.json")
-        if old is None and not {p.name for p in self.path.iterdir()} <= {".lock", "base", "config.json.partial"}:
-            raise UserError(f"{path}: the folder is not empty and holds no run; give another --out")
-        old = settings if old is None or overwrite else old
-        longer = settings["command"] == old["command"] == "train" and settings["steps"] > old["steps"]  # may be extended
-        differing = [f"--{name} {old.get(name)} there, {value} here" for name, value in settings.items()
+        if old is None and not {entry.name for entry in self.path.iterdir()} <= self.kept:
+            raise UserError(f"{self.path}: the folder is not empty and holds no run; give another --out")
+        old = self.settings if old is None or self.overwrite else old
+        longer = command == old["command"] == "train" and config.steps > old["steps"]  # may be extended
+        differing = [f"--{name} {old.get(name)} there, {value} here" for name, value in self.settings.items()
                      if old.get(name) != value and name not in self.may_change and not (longer and name == "steps")]
         if differing:
-            raise UserError(f"{path}: holds another run ({'; '.join(differing)}); give another --out, or --overwrite it")
+            raise UserError(f"{self.path}: holds another run ({'; '.join(differing)}); give another --out, or --overwrite it")
 
     def begin(self) -> None:
         """Binds the folder to the settings, once the inputs have proved good; --overwrite deletes what it held."""
         entries = sorted(self.path.iterdir(), key=lambda entry: entry.name == "config.json")  # that one goes last
         for entry in entries if self.overwrite else ():
-            if entry.name not in (".lock", "base"):
+            if entry.name not in self.kept:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         self.overwrite = False
         write_whole(self.path / "config.json", json.dumps(self.settings, indent=1))
 
     def finished(self, name: str) -> dict | None:
-        """The result in the JSON file of that name, if it is there and to be kept."""
-        return None if self.overwrite else read_json(self.path / name)
+        """The result in the JSON file of that name, if it is there and neither to be extended nor to be overwritten."""
+        result = None if self.overwrite else read_json(self.path / name)
+        if result is None or result.get("step", math.inf) < self.settings["steps"]:
+            return None
+        print(f"{self.path}: finished already; --overwrite starts anew", file=sys.stderr)
+        return result
 
     def save(self, policy: Policy, optimizer: MasterAdamW, progress: dict) -> None:
         """The checkpoint. Random states and data order are not in it: they follow from seed and step (seed_of)."""
-        metrics = self.path / "metrics.jsonl"
-        progress["metrics_bytes"] = metrics.stat().st_size if metrics.exists() else 0
         state = {"model": policy.model.state_dict(), "masters": optimizer.masters, "adam": optimizer.adam.state_dict()}
         write_whole(self.path / "checkpoint.pt", partial(torch.save, state | {"progress": progress}))
 
-    def load(self, policy: Policy, optimizer: MasterAdamW) -> dict:
-        """Restores the checkpoint, if there is one, cuts metrics.jsonl back to it, and returns the progress."""
-        file, metrics = self.path / "checkpoint.pt", self.path / "metrics.jsonl"
-        progress = {"supervised": 0, "step": -1, "tokens": 0, "bad": 0, "seconds": 0.0, "metrics_bytes": 0}
+    def load(self, policy: Policy, optimizer: MasterAdamW, progress: dict) -> dict:
+        """Restores the checkpoint, writes the metrics up to it anew, and returns its progress; without one, that given."""
+        file = self.path / "checkpoint.pt"
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else {}
-            if state:
+            if file.exists():
+                state = torch.load(file, map_location="cpu", weights_only=True)
                 policy.model.load_state_dict(state["model"])
                 optimizer.adam.load_state_dict(state["adam"])
                 for master, saved in zip(optimizer.masters, state["masters"], strict=True):
                     master.copy_(saved)
                 progress = state["progress"]
-            metrics.touch()
-            if metrics.stat().st_size < progress["metrics_bytes"]:
-                raise ValueError("metrics.jsonl is shorter than it was")
-            os.truncate(metrics, progress["metrics_bytes"])  # the rows after the checkpoint will be made again
         except Exception as error:  # a damaged file can raise nearly anything
             raise UserError(f"{file}: damaged or foreign ({str(error)[:150]}); put it right, or --overwrite") from None
+        write_whole(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in progress["rows"]))
         return progress
 
 # ---- The phases ---------------------------------------------------------------------------------------------------
 
-def supervised(policy, optimizer, folder: RunFolder, progress: dict, config, steps: int, batch_of, rate_of) -> None:
-    """Maximum likelihood on batch_of(step), pairs of prompt and response: the policy gradient with advantage 1."""
-    memory = {"micro_tokens": config.micro_tokens}
-    for step in tqdm(range(progress["supervised"], steps), "supervised", steps, initial=progress["supervised"]):
-        start, (prompts, responses) = time.perf_counter(), zip(*batch_of(step))
-        update_policy(policy.model, optimizer, prompts, responses, torch.ones(len(prompts), device=policy.model.device),
-                      None, memory, learning_rate=rate_of(step))
-        progress["tokens"] += sum(map(len, responses))
-        progress |= {"supervised": step + 1, "seconds": progress["seconds"] + time.perf_counter() - start}
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            folder.save(policy, optimizer, progress)
-
 def make_base(config: Config, path: Path) -> str:
     """The embedded base model's folder. Its warm-up stands in for pretraining and is no part of the paper."""
-    settings = {"command": "base", "seed": config.seed, "warmup_steps": config.warmup_steps}
-    folder = RunFolder(path, settings, config.overwrite)
-    if not folder.finished("summary.json"):
-        folder.begin()
-        save_random_model(path / "initial", seed_of(config.seed, "weights"))
-        policy = Policy(str(path / "initial"), config.device)
-        optimizer = MasterAdamW(policy.model, weight_decay=0.01)
-
-        def batch_of(step):
-            examples = warm_up_examples(step, random.Random(seed_of(config.seed, "warm-up", step)))
-            return [(policy.prompt(problem) + policy.tokens(given)[:-1], policy.tokens(rest))
-                    for problem, given, rest in examples]
-
-        def rate_of(step):  # a rise over the first tenth, then a cosine down to 0
-            done = (step + 1) / config.warmup_steps
-            return 4e-3 * min(10 * done, 0.5 + 0.5 * math.cos(math.pi * done))
-
-        progress = folder.load(policy, optimizer)
-        print("warm-up of the embedded base model (stands in for pretraining)", file=sys.stderr)
-        supervised(policy, optimizer, folder, progress, config, config.warmup_steps, batch_of, rate_of)
-        policy.save(path / "policy")
-        write_whole(path / "summary.json", json.dumps({"seconds": progress["seconds"]}))
+    save_random_model(path / "initial", seed_of(config.seed, "weights"))
+    problems = embedded_problems(64, seed=0)
+    train(Config(model=str(path / "initial"), out=str(path), seed=config.seed, device=config.device, steps=0, save_every=100,
+                 sft_steps=config.warmup_steps, learning_rate=4e-3, weight_decay=0.01, micro_tokens=config.micro_tokens,
+                 overwrite=config.overwrite), problems, problems, warm_up_lesson)
     return str(path / "policy")
+
+def warm_up_lesson(policy: Policy, config: Config, step: int) -> tuple[list, float]:
+    """(prompt, response) pairs and learning rate of a warm-up step: the rate rises over a tenth, then falls as a cosine."""
+    number, pairs = step + config.sft_steps, []
+    for problem, given, rest in warm_up_examples(number, random.Random(seed_of(config.seed, "warm-up", number))):
+        pairs.append((policy.prompt(problem) + policy.tokens(given)[:-1], policy.tokens(rest)))
+    done = (number + 1) / config.sft_steps
+    return pairs, config.learning_rate * min(10 * done, 0.5 + 0.5 * math.cos(math.pi * done))
+
+def pool_lesson(problems: list[Problem], pool: ExperiencePool, policy: Policy, config: Config, step: int) -> tuple[list, float]:
+    """The same for supervised fine-tuning on the pool, the obvious alternative to replay."""
+    rng = random.Random(seed_of(config.seed, "sft", step))
+    drawn = [rng.choice(problems) for _ in range(config.prompts_per_step * config.group_size)]
+    return [(policy.prompt(problem), policy.tokens(*pool.draw(problem.question, 1, rng))) for problem in drawn], \
+        config.learning_rate
 
 def question_order(count: int, seed: int, first: int, number: int) -> list[int]:
     """Places first to first + number - 1 in the endless sequence of shuffled epochs over count questions."""
@@ -1128,48 +1147,51 @@ def load_pools(config: Config, problems: list[Problem], policy: Policy) -> tuple
         raise UserError(f"--replays {config.replays}: {config.pool} has at most {most} answers a question; lower it")
     return pools, covered
 
-def train(config: Config, problems: list[Problem], held_out: list[Problem]) -> dict:
-    """One arm from the base model: RLEP with --pool, vanilla RL without. Leaves OUT/policy; returns its summary."""
-    folder, size = RunFolder(config.out, {"command": "train", **asdict(config)}, config.overwrite), config.prompts_per_step
-    if (summary := folder.finished("summary.json")) and summary["step"] >= config.steps:
-        print(f"{folder.path}: finished already; --overwrite starts anew", file=sys.stderr)
+def train(config: Config, problems: list[Problem], held_out: list[Problem], lesson: Callable | None = None) -> dict:
+    """One arm from the base model: RLEP with --pool, vanilla RL without. Leaves OUT/policy; returns its summary.
+
+    Steps below 0 are supervised, if there are any: maximum likelihood is the policy gradient with advantage 1. Step 0 only
+    evaluates. The others are train_step's.
+    """
+    folder, size = RunFolder("train", config), config.prompts_per_step
+    if summary := folder.finished("summary.json"):
         return summary
     policy = Policy(config.model or make_base(config, folder.path / "base"), config.device, config.gradient_checkpointing)
     optimizer, memory = MasterAdamW(policy.model, config.weight_decay), {"micro_tokens": config.micro_tokens}
     pools, problems = load_pools(config, problems, policy) if config.pool else ([], problems)
     if len(problems) < size:
         raise UserError(f"--prompts_per_step {size}: there are only {len(problems)} training questions; lower it")
-    folder.begin()
-    progress = folder.load(policy, optimizer)
-
-    def pool_batch(step):  # for supervised fine-tuning, the obvious alternative to replay
-        rng = random.Random(seed_of(config.seed, "sft", step))
-        drawn = [rng.choice(problems) for _ in range(size * config.group_size)]
-        return [(policy.prompt(problem), policy.tokens(*pools[0].draw(problem.question, 1, rng))) for problem in drawn]
-
     if config.sft_steps:
-        supervised(policy, optimizer, folder, progress, config, config.sft_steps, pool_batch,
-                   lambda step: config.learning_rate)
-        pools = []
-    first, label = progress["step"] + 1, "RLEP" if pools else "vanilla RL"
-    for step in tqdm(range(first, config.steps + 1), label, config.steps + 1, initial=first):
+        lesson, pools = lesson or partial(pool_lesson, problems, pools and pools[0]), []
+    folder.begin()
+    progress = folder.load(policy, optimizer, {"step": -config.sft_steps - 1, "tokens": 0, "bad": 0, "seconds": 0.0, "rows": []})
+    label = "RLEP" if pools else "vanilla RL" if config.steps else "warm-up in place of pretraining"
+    steps = range(progress["step"] + 1, config.steps + 1)
+    for step in tqdm(steps, label, config.sft_steps + config.steps + 1, initial=config.sft_steps + steps.start):
         start, row = time.perf_counter(), {"step": step}
-        if step > 0:  # step 0 only evaluates
+        if step < 0:
+            pairs, rate = lesson(policy, config, step)
+            ones = torch.ones(len(pairs), device=policy.model.device)
+            row |= update_policy(policy.model, optimizer, *zip(*pairs), ones, None, memory, learning_rate=rate)
+            progress["tokens"] += sum(len(response) for _, response in pairs)
+        elif step > 0:
             batch = [problems[i] for i in question_order(len(problems), config.seed, (step - 1) * size, size)]
             row |= train_step(policy, optimizer, batch, pools, config, step, memory)
             progress["tokens"] += row["resp_tokens"] + row["trained_tokens"]
-            progress["bad"] = progress["bad"] + row["skipped"] if row["skipped"] == row["updates"] else 0
-        if step % config.eval_every == 0 or step == config.steps:
-            row |= evaluate(policy, held_out, config)
-            tqdm.write(f"{label}, step {step}: {accuracy_line(row)}")
-        append_row(folder.path / "metrics.jsonl", row | {"tokens": progress["tokens"]})
+        progress["bad"] = progress["bad"] + row["skipped"] if row.get("skipped") == row.get("updates", 1) else 0
+        if step >= 0:
+            if step % config.eval_every == 0 or step == config.steps:
+                row |= evaluate(policy, held_out, config)
+                tqdm.write(f"{label}, step {step}: {accuracy_line(row)}")
+            progress["rows"].append(row | {"tokens": progress["tokens"]})
+            append_row(folder.path / "metrics.jsonl", progress["rows"][-1])
         progress |= {"step": step, "seconds": progress["seconds"] + time.perf_counter() - start}
-        if step % config.save_every == 0 or step == config.steps:
+        if step % (config.save_every if step > 0 else 100) == 0 or step == config.steps:
             folder.save(policy, optimizer, progress)
         if progress["bad"] >= 10:
             raise UserError(f"{folder.path}: loss or gradient not finite in 10 updates running; lower --learning_rate")
     policy.save(folder.path / "policy")
-    summary = summarise([json.loads(line) for line in open(folder.path / "metrics.jsonl")]) | progress
+    summary = summarise(progress.pop("rows")) | progress
     write_whole(folder.path / "summary.json", json.dumps(summary, indent=1))
     folder.lock.close()
     return summary
@@ -1179,7 +1201,7 @@ def summarise(rows: list[dict]) -> dict:
     evaluated = [row for row in rows if "mean_at_k" in row]
     last, curve = evaluated[-1], [[row["step"], row["mean_at_k"]] for row in evaluated]
     return {"curve": curve, "peak": max(value for _, value in curve), "final": last["mean_at_k"], "final_ci95": last["ci95"],
-            "seconds_per_step": float(np.median([row["step_s"] for row in rows if "step_s" in row])),
+            "seconds_per_step": float(np.median([row["step_s"] for row in rows if "step_s" in row] or 0)),
             "compute": [row["tokens"] for row in evaluated], **{name: last[name] for name in OUTCOMES}}
 
 def collect(config: Config, problems: list[Problem], folder: RunFolder) -> dict:
@@ -1188,7 +1210,6 @@ def collect(config: Config, problems: list[Problem], folder: RunFolder) -> dict:
     Questions answered correctly fewer than two times are left out. Leaves pool.jsonl; returns its statistics.
     """
     if result := folder.finished("collection.json"):
-        print(f"{folder.path}: the collection is finished already; --overwrite starts anew", file=sys.stderr)
         return result
     policy, path, journal = Policy(config.model, config.device), folder.path, folder.path / "collection.partial.jsonl"
     folder.begin()
@@ -1223,10 +1244,8 @@ def collect(config: Config, problems: list[Problem], folder: RunFolder) -> dict:
 
 def run(config: Config, problems: list[Problem], held_out: list[Problem]) -> dict:
     """The whole method: base model, vanilla RL, collection, replay training from the base model, side by side."""
-    folder = RunFolder(config.out, {"command": "run", **asdict(config)}, config.overwrite)
-    path = folder.path
+    folder, path = RunFolder("run", config), Path(config.out)
     if summary := folder.finished("summary.json"):
-        print(f"{folder.path}: finished already; --overwrite starts anew", file=sys.stderr)
         return summary
     base = config.model or make_base(config, path / "base")
     if config.model:
@@ -1383,7 +1402,7 @@ def parse(argv: list[str]) -> tuple[str, list[str], Config]:
         values["device"] = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     about = "-".join(Path(values[name] or "embedded").stem for name in ("model", "data"))
     values["out"] = values["out"] or f"runs/{command}-{about}-seed{values['seed']}"
-    values["micro_tokens"] = values["micro_tokens"] or (2048 if values["device"] == "cpu" else 16384)
+    values["micro_tokens"] = values["micro_tokens"] or (1024 if values["device"] == "cpu" else 16384)
     return command, folders, Config(**values)
 
 def execute(command: str, folders: list[str], config: Config) -> None:
@@ -1407,7 +1426,7 @@ def execute(command: str, folders: list[str], config: Config) -> None:
     elif command == "train":
         print(f"final mean@k {train(config, problems, held_out)['final']:.1%}; the policy is {out / 'policy'}")
     elif command == "collect":
-        folder = RunFolder(out, {"command": command, **asdict(config)}, config.overwrite)
+        folder = RunFolder("collect", config)
         pool = collect(replace(config, model=config.model or make_base(config, out / "base")), problems, folder)
         print(f"{pool['answers']} verified answers to {pool['questions']} questions are in {out / 'pool.jsonl'}")
     else:
