@@ -514,7 +514,7 @@ def group_attention(module, query: Tensor, key: Tensor, value: Tensor, attention
     (P, heads, T, size), rows = keys.shape, len(query)
 
     def spread(x):  # (rows, heads, sharers, n) -> (P, group_size, heads, sharers, n), 0 for finished answers
-        return x.new_zeros(P * group_size, *x.shape[1:]).index_copy_(0, alive, x).unflatten(0, (P, group_size))
+        return x.new_zeros(P * group_size, *x.shape[1:]).index_put((alive,), x).unflatten(0, (P, group_size))
 
     query = query.reshape(rows, heads, -1, size) * (scaling or size**-0.5)
     to_prompt = torch.einsum("pghsd,phtd->pghst", spread(query), keys).flatten(0, 1).index_select(0, alive)
@@ -1348,18 +1348,18 @@ def bench(config: Config) -> None:
     if not config.model or not config.prompts:
         raise UserError("bench needs --model and --prompts FILE.jsonl, with a {\"prompt\": text or chat list} a line")
     policy, coin = Policy(config.model, config.device, config.gradient_checkpointing), random.Random(config.seed)
-    raw = list(read_rows(config.prompts))
-    problems = [row_to_problem(row | {"answer": "0"}, where) for where, row in raw]
-    if isinstance(raw[0][1].get("prompt"), str):  # a text is read as it is
+    rows = list(read_rows(config.prompts))
+    problems = [row_to_problem(row | {"answer": "0"}, where) for where, row in rows]
+    if isinstance(rows[0][1].get("prompt"), str):  # a text is read as it is
         policy.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
-    optimizer, memory, rows = MasterAdamW(policy.model, config.weight_decay), {"micro_tokens": config.micro_tokens}, []
-    sizes = [len(raw)] * (config.steps + 1) + [math.ceil(len(raw) / 2)]  # only the last step has an old-log-prob pass
-    for step, size in enumerate(tqdm(sizes, "bench")):
-        rows.append(train_step(policy, optimizer, problems, [], replace(config, minibatch_prompts=size), step, memory,
-                               lambda *_: (False, coin.choice((-1.0, 1.0)))))
-    result = {"old_logp_s": rows.pop()["old_logp_s"]}
+    optimizer, memory, steps = MasterAdamW(policy.model, config.weight_decay), {"micro_tokens": config.micro_tokens}, []
+    for step in tqdm(range(config.steps + 2), "bench"):  # the first warms up; only the last has an old-log-prob pass
+        settings = replace(config, learning_rate=0.0, minibatch_prompts=len(rows) - (step > config.steps))  # 0: steps are alike
+        steps.append(train_step(policy, optimizer, problems, [], settings, step, memory,
+                                lambda *_: (False, coin.choice((-1.0, 1.0)))))
+    result = {"old_logp_s": steps.pop()["old_logp_s"]}
     for name in ("resp_tokens", "sample_s", "train_s", "step_s", "peak_sample_mib", "peak_train_mib"):
-        result[name] = float(np.median([row[name] or math.nan for row in rows[1:]]))  # the first step warms up
+        result[name] = float(np.median([step[name] or math.nan for step in steps[1:]]))
     result |= {f"{name}_tokens_per_s": result["resp_tokens"] / result[f"{name}_s"] for name in ("sample", "train", "step")}
     print("\n".join(f"{name:>22} {value:12.3f}" for name, value in result.items()), json.dumps(result), sep="\n")
 
