@@ -939,6 +939,13 @@ def train_step(policy, optimizer, batch: list[Problem], pools, config: Config, s
     metrics = step_metrics(rollouts, advantages.tolist(), updates, config.max_new_tokens)
     return metrics | seconds | peaks | {"peak_train_mib": reset_peak(device)}
 
+def supervised_step(policy, optimizer, memory: dict, pairs: list[tuple], learning_rate: float) -> dict:
+    """Maximum likelihood on (prompt, response) pairs, which is the policy gradient with an advantage of 1 for all."""
+    prompts, responses = zip(*pairs)
+    advantages = torch.ones(len(pairs), device=policy.model.device)
+    stats = update_policy(policy.model, optimizer, prompts, responses, advantages, None, memory, learning_rate=learning_rate)
+    return stats | {"trained_tokens": sum(map(len, responses)), "updates": 1}
+
 def step_metrics(rollouts: list[Rollout], advantages: list[float], updates: list[dict], limit: int) -> dict:
     """What a step was like; the README explains each number."""
     fresh, trained = [r for r in rollouts if not r.replayed], [r for r, a in zip(rollouts, advantages) if a != 0]
@@ -1114,8 +1121,8 @@ def pool_lesson(problems: list[Problem], pool: ExperiencePool, policy: Policy, c
     """The same for supervised fine-tuning on the pool, the obvious alternative to replay."""
     rng = random.Random(seed_of(config.seed, "sft", step))
     drawn = [rng.choice(problems) for _ in range(config.prompts_per_step * config.group_size)]
-    return [(policy.prompt(problem), policy.tokens(*pool.draw(problem.question, 1, rng))) for problem in drawn], \
-        config.learning_rate
+    pairs = [(policy.prompt(problem), policy.tokens(*pool.draw(problem.question, 1, rng))) for problem in drawn]
+    return pairs, config.learning_rate
 
 def question_order(count: int, seed: int, first: int, number: int) -> list[int]:
     """Places first to first + number - 1 in the endless sequence of shuffled epochs over count questions."""
@@ -1143,8 +1150,8 @@ def load_pools(config: Config, problems: list[Problem], policy: Policy) -> tuple
 def train(config: Config, problems: list[Problem], held_out: list[Problem], lesson: Callable | None = None) -> dict:
     """One arm from the base model: RLEP with --pool, vanilla RL without. Leaves OUT/policy; returns its summary.
 
-    Steps below 0 are supervised, if there are any: maximum likelihood is the policy gradient with advantage 1. Step 0 only
-    evaluates. The others are train_step's.
+    Steps below 0, if there are any, are supervised_step's on what lesson gives; step 0 only evaluates; the others are
+    train_step's.
     """
     folder, size = RunFolder("train", config), config.prompts_per_step
     if summary := folder.finished("summary.json"):
@@ -1163,14 +1170,11 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem], less
     for step in tqdm(steps, label, config.sft_steps + config.steps + 1, initial=config.sft_steps + steps.start):
         start, row = time.perf_counter(), {"step": step}
         if step < 0:
-            pairs, rate = lesson(policy, config, step)
-            ones = torch.ones(len(pairs), device=policy.model.device)
-            row |= update_policy(policy.model, optimizer, *zip(*pairs), ones, None, memory, learning_rate=rate)
-            progress["tokens"] += sum(len(response) for _, response in pairs)
+            row |= supervised_step(policy, optimizer, memory, *lesson(policy, config, step))
         elif step > 0:
             batch = [problems[i] for i in question_order(len(problems), config.seed, (step - 1) * size, size)]
             row |= train_step(policy, optimizer, batch, pools, config, step, memory)
-            progress["tokens"] += row["resp_tokens"] + row["trained_tokens"]
+        progress["tokens"] += row.get("resp_tokens", 0) + row.get("trained_tokens", 0)
         progress["bad"] = progress["bad"] + row["skipped"] if row.get("skipped") == row.get("updates", 1) else 0
         if step >= 0:
             if step % config.eval_every == 0 or step == config.steps:
@@ -1354,7 +1358,8 @@ def bench(config: Config) -> None:
         policy.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
     optimizer, memory, steps = MasterAdamW(policy.model, config.weight_decay), {"micro_tokens": config.micro_tokens}, []
     for step in tqdm(range(config.steps + 2), "bench"):  # the first warms up; only the last has an old-log-prob pass
-        settings = replace(config, learning_rate=0.0, minibatch_prompts=len(rows) - (step > config.steps))  # 0: steps are alike
+        # at learning rate 0 the steps are alike
+        settings = replace(config, learning_rate=0.0, minibatch_prompts=max(1, len(rows) - (step > config.steps)))
         steps.append(train_step(policy, optimizer, problems, [], settings, step, memory,
                                 lambda *_: (False, coin.choice((-1.0, 1.0)))))
     result = {"old_logp_s": steps.pop()["old_logp_s"]}
