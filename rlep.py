@@ -524,8 +524,6 @@ def group_attention(module, query: Tensor, key: Tensor, value: Tensor, attention
     out += torch.einsum("pghst,phtd->pghsd", spread(weights[..., :T]), values).flatten(0, 1).index_select(0, alive)
     return out.reshape(rows, 1, -1, size), None
 
-AttentionInterface.register("group", group_attention)
-
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """(rows, queries, keys) of booleans -> (rows, 1, queries, keys): 0 where visible, else the lowest number."""
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
@@ -563,6 +561,7 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
     logits = model.get_output_embeddings()(hidden[torch.arange(len(ids), device=device), lengths - 1])  # (P, V)
     logits, lengths = (x.repeat_interleave(group_size, 0) for x in (logits, lengths))  # from here on a row is an answer
     mask = additive_mask((torch.arange(width, device=device) < lengths[:, None])[:, None], model.dtype)  # (rows, 1, 1, T)
+    AttentionInterface.register("group", group_attention)
     usual_attention = model.config._attn_implementation
     try:
         model.set_attn_implementation("group")

@@ -22,7 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test th
 import numpy as np
 import pytest
 import torch
-from transformers import (AttentionInterface, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM,
+from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM,
                           Qwen2Config, Qwen2ForCausalLM)
 
 import rlep
@@ -372,6 +372,16 @@ def test_sampling_repeats_and_ignores_neighbours():
     assert first[0] == roll(model, [prompt, long], 4, 20)[0]
     assert len({tuple(answer) for answer in first[0]}) > 1
     assert roll(model, [prompt], 1, 20, temperature=0)[0] == roll(model, [prompt, long], 1, 20, temperature=0)[0]
+
+def test_rollout_leaves_the_attention_as_it_was(monkeypatch):
+    """Also when it is interrupted: training goes on with the model's own attention."""
+    model = make_model(attention="eager")
+    roll(model, [[2, 3]], 2)
+    assert model.config._attn_implementation == "eager"
+    monkeypatch.setattr(rlep, "sample_tokens", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        roll(model, [[2, 3]], 2)
+    assert model.config._attn_implementation == "eager"
 
 def chi_square(counts, probabilities):
     """Squared deviations over expectation: about as large as the number of values where the draws are right."""
