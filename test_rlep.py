@@ -26,7 +26,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llam
                           Qwen2Config, Qwen2ForCausalLM)
 
 import rlep
-from rlep import Config, ExperiencePool, MasterAdamW, Policy, Problem, Rollout, extract_answer, main, verify
+from rlep import Config, ExperiencePool, MasterAdamW, Policy, Problem, extract_answer, main, verify
 
 torch.set_num_threads(1)
 
