@@ -478,7 +478,7 @@ def seed_of(*parts) -> int:
 # ---- Sampling -----------------------------------------------------------------------------------------------------
 
 class GroupLayer(DynamicLayer):
-    """A layer of the key-value cache: the prompts' keys and values, once for a group, and the answers', in growing buffers."""
+    """A layer of the key-value cache: keys and values of the prompts, once for a group, and of the answers, in buffers."""
     length = 0  # columns of the answers in use
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -595,8 +595,9 @@ def decode(model, cache: Cache, logits: Tensor, lengths: Tensor, mask: Tensor, g
             break
         mask[..., width + step] = 0
         size = width + 16 * (step // 16 + 1)  # columns of the prompts and of the answers' buffers
-        logits = model(token[:, None], attention_mask=mask[..., :size], position_ids=(lengths + step)[:, None], use_cache=True,
-                       past_key_values=cache, layers=cache.layers, alive=alive, group_size=group_size).logits[:, -1]
+        logits = model(token[:, None], attention_mask=mask[..., :size], position_ids=(lengths + step)[:, None],
+                       past_key_values=cache, use_cache=True, layers=cache.layers, alive=alive,
+                       group_size=group_size).logits[:, -1]
     return tokens
 
 # ---- Experience pool ----------------------------------------------------------------------------------------------
@@ -828,7 +829,8 @@ def micro_batches(model, prompts, responses, micro_tokens: int):
     while rows:
         count = max(1, min(len(rows), micro_tokens // length[rows[-1][0]]))  # the last row is the longest
         batch, rows = [i for row in rows[-count:] for i in row], rows[:-count]
-        yield batch, dict(prompts=[prompts[i] for i in batch], responses=[responses[i] for i in batch], row_tokens=row_tokens)
+        pair = {"prompts": [prompts[i] for i in batch], "responses": [responses[i] for i in batch]}
+        yield batch, pair | {"row_tokens": row_tokens}
 
 @torch.no_grad()
 def all_logprobs(model, prompts, responses, micro_tokens: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -1057,7 +1059,7 @@ class RunFolder:
         differing = [f"--{name} {old.get(name)} there, {value} here" for name, value in self.settings.items()
                      if old.get(name) != value and name not in self.may_change and not (longer and name == "steps")]
         if differing:
-            raise UserError(f"{self.path}: holds another run ({'; '.join(differing)}); give another --out, or --overwrite it")
+            raise UserError(f"{self.path}: holds another run ({'; '.join(differing)}); give another --out, or --overwrite")
 
     def begin(self) -> None:
         """Binds the folder to the settings, once the inputs have proved good; --overwrite deletes what it held."""
@@ -1116,7 +1118,7 @@ def warm_up_lesson(policy: Policy, config: Config, step: int) -> tuple[list, flo
     done = (number + 1) / config.sft_steps
     return pairs, config.learning_rate * min(10 * done, 0.5 + 0.5 * math.cos(math.pi * done))
 
-def pool_lesson(problems: list[Problem], pool: ExperiencePool, policy: Policy, config: Config, step: int) -> tuple[list, float]:
+def pool_lesson(problems: list[Problem], pool: ExperiencePool, policy, config: Config, step: int) -> tuple[list, float]:
     """The same for supervised fine-tuning on the pool, the obvious alternative to replay."""
     rng = random.Random(seed_of(config.seed, "sft", step))
     drawn = [rng.choice(problems) for _ in range(config.prompts_per_step * config.group_size)]
@@ -1163,7 +1165,8 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem], less
     if config.sft_steps:
         lesson, pools = lesson or partial(pool_lesson, problems, pools and pools[0]), []
     folder.begin()
-    progress = folder.load(policy, optimizer, {"step": -config.sft_steps - 1, "tokens": 0, "bad": 0, "seconds": 0.0, "rows": []})
+    nothing = {"step": -config.sft_steps - 1, "tokens": 0, "bad": 0, "seconds": 0.0, "rows": []}
+    progress = folder.load(policy, optimizer, nothing)
     label = "RLEP" if pools else "vanilla RL" if config.steps else "warm-up in place of pretraining"
     steps = range(progress["step"] + 1, config.steps + 1)
     for step in tqdm(steps, label, config.sft_steps + config.steps + 1, initial=config.sft_steps + steps.start):
@@ -1220,7 +1223,9 @@ def collect(config: Config, problems: list[Problem], folder: RunFolder) -> dict:
         rows.append({"texts": texts, "tokens": sum(map(len, responses)), "seconds": time.perf_counter() - start})
         append_row(journal, rows[-1])
         start = time.perf_counter()
-    pools = {"pool.jsonl": ExperiencePool()} | ({"failed.jsonl": ExperiencePool(failed=True)} if config.replay_failed else {})
+    pools = {"pool.jsonl": ExperiencePool()}
+    if config.replay_failed:
+        pools["failed.jsonl"] = ExperiencePool(failed=True)
     for problem, row in zip(problems, rows):
         enough = sum(verify(text, problem.gold) for text in row["texts"]) >= 2
         for text, pool in ((text, pool) for text in row["texts"] for pool in pools.values() if enough):
