@@ -117,6 +117,8 @@ class Problem:
 
 def read_rows(path: str | Path):
     """Yields ("FILE:LINE", row) for the rows of a .jsonl or .parquet file. Raises UserError on a bad one."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
     number, row, lines = 0, None, open(path, "rb")
     if str(path).endswith(".parquet"):
         try:
@@ -127,21 +129,23 @@ def read_rows(path: str | Path):
     try:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                row = dict(json.loads(line))
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("a row must be an object, {...}")
                 yield f"{path}:{number}", row
-    except (ValueError, TypeError) as error:  # JSON and UTF-8 errors are ValueErrors too
-        raise UserError(f"{path}:{number}: not a JSON object ({error}); mend or delete it") from None
+    except ValueError as error:  # JSON and UTF-8 errors are ValueErrors too
+        raise UserError(f"{path}:{number}: not a JSON line ({error}); mend or delete it") from None
     if row is None:
         raise UserError(f"{path}: the file is empty; it needs a JSON object a line")
 
 def row_to_problem(row: dict, where: str, instruction: str = "") -> Problem:
     """Understands GSM8K, MATH, DAPO-Math-17k, AIME, AMC and RLEP rows as published. Raises UserError naming where."""
     question, chat = row.get("prompt") or row.get("question") or row.get("problem"), ()
-    if isinstance(question, list) and question and all(isinstance(message, dict) for message in question):
+    if isinstance(question, str) and question.strip():
+        question = f"{question.strip()}\n{instruction}".strip()
+    elif isinstance(question, list) and question and all(isinstance(message, dict) for message in question):
         *chat, last = question
         question = last.get("content")
-    elif isinstance(question, str) and question.strip():
-        question = f"{question.strip()}\n{instruction}".strip()
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"{where}: no question; give it as question, problem or prompt (text, or a chat list)")
     nested = row["reward_model"] if isinstance(row.get("reward_model"), dict) else {}
@@ -149,8 +153,10 @@ def row_to_problem(row: dict, where: str, instruction: str = "") -> Problem:
     gold = next((gold for gold in golds if gold not in (None, "", [])), "")
     gold = gold[0] if isinstance(gold, list) and len(gold) == 1 else gold
     gold = str(int(gold) if isinstance(gold, float) and gold.is_integer() else gold)  # AMC writes 27.0
-    if "####" in gold or "\\boxed" in gold:  # GSM8K: the working, then #### 42; MATH: the last box of the solution
-        gold = gold.rsplit("####", 1)[1] if "####" in gold else extract_answer(gold) or ""
+    if "####" in gold:
+        gold = gold.rsplit("####", 1)[1]  # GSM8K: the working, then #### 42
+    elif "\\boxed" in gold:
+        gold = extract_answer(gold) or ""  # MATH: the last box of the solution
     if not gold.strip():
         raise UserError(f"{where}: no answer; give it as answer, solution, ground_truth or reward_model.ground_truth")
     return Problem(question, gold.strip(), tuple(chat))

@@ -859,7 +859,7 @@ def test_supervised_steps_instead_of_replay(finished, data, tmp_path):
 def bad_files(files, finished, tmp_path_factory):
     """Files that are wrong in one way each; tmp/FILE in the table below."""
     folder, good = tmp_path_factory.mktemp("bad"), json.dumps({"question": "1+1?", "answer": "2"})
-    texts = {"empty.jsonl": "", "blank.jsonl": "\n\n", "list.jsonl": "[1, 2]\n", "one.jsonl": good + "\n",
+    texts = {"empty.jsonl": "", "blank.jsonl": "\n\n", "list.jsonl": "[1, 2]\n", "pairs.jsonl": '[["question", "1+1?"], ["answer", "2"]]\n', "one.jsonl": good + "\n",
              "torn_1.jsonl": f'{{"question": "1+\n{good}\n', "torn_3.jsonl": f'{good}\n\n{{"question": "1+\n',
              "no_question.jsonl": f'{good}\n{{"answer": "2"}}\n',
              "no_answer.jsonl": f'{good}\n{{"question": "1+1?", "answer": " "}}\n'}
@@ -887,7 +887,8 @@ def bad_files(files, finished, tmp_path_factory):
     ("--data tmp/folder", "folder"), ("train --data tmp/absent.jsonl", "absent.jsonl"),
     ("--data tmp/empty.jsonl", "empty.jsonl"), ("train --data tmp/blank.jsonl", "blank.jsonl"),
     ("collect --data tmp/torn_1.jsonl", "torn_1.jsonl:1"), ("train --data tmp/torn_3.jsonl", "torn_3.jsonl:3"),
-    ("train --data tmp/list.jsonl", "list.jsonl:1"), ("train --data tmp/latin.jsonl", "latin.jsonl:1"),
+    ("train --data tmp/list.jsonl", "list.jsonl:1"),
+    ("train --data tmp/pairs.jsonl", "pairs.jsonl:1"), ("train --data tmp/latin.jsonl", "latin.jsonl:1"),
     ("train --data tmp/no_question.jsonl", "no_question.jsonl:2"),
     ("train --data tmp/no_answer.jsonl", "no_answer.jsonl:2"),
     ("train --eval_size 2 --data tmp/one.jsonl", "--eval_size"),
