@@ -1109,9 +1109,10 @@ class RunFolder:
 
 def make_base(config: Config, path: Path) -> str:
     """The embedded base model's folder. Its warm-up stands in for pretraining and is no part of the paper."""
-    save_random_model(path / "initial", seed_of(config.seed, "weights"))
+    if config.overwrite or not (path / "summary.json").exists():
+        save_random_model(path / "initial", seed_of(config.seed, "weights"))
     problems = embedded_problems(64, seed=0)
-    train(Config(model=str(path / "initial"), out=str(path), seed=config.seed, device=config.device, steps=0, save_every=100,
+    train(Config(model=str(path / "initial"), out=str(path), seed=config.seed, device=config.device, steps=0,
                  sft_steps=config.warmup_steps, learning_rate=4e-3, weight_decay=0.01, micro_tokens=config.micro_tokens,
                  overwrite=config.overwrite), problems, problems, warm_up_lesson)
     return str(path / "policy")
@@ -1169,7 +1170,7 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem], less
     if len(problems) < size:
         raise UserError(f"--prompts_per_step {size}: there are only {len(problems)} training questions; lower it")
     if config.sft_steps:
-        lesson, pools = lesson or partial(pool_lesson, problems, pools and pools[0]), []
+        lesson, pools = lesson or partial(pool_lesson, problems, pools[0]), []
     folder.begin()
     nothing = {"step": -config.sft_steps - 1, "tokens": 0, "bad": 0, "seconds": 0.0, "rows": []}
     progress = folder.load(policy, optimizer, nothing)
