@@ -859,7 +859,8 @@ def test_supervised_steps_instead_of_replay(finished, data, tmp_path):
 def bad_files(files, finished, tmp_path_factory):
     """Files that are wrong in one way each; tmp/FILE in the table below."""
     folder, good = tmp_path_factory.mktemp("bad"), json.dumps({"question": "1+1?", "answer": "2"})
-    texts = {"empty.jsonl": "", "blank.jsonl": "\n\n", "list.jsonl": "[1, 2]\n", "pairs.jsonl": '[["question", "1+1?"], ["answer", "2"]]\n', "one.jsonl": good + "\n",
+    texts = {"empty.jsonl": "", "blank.jsonl": "\n\n", "list.jsonl": "[1, 2]\n",
+             "pairs.jsonl": '[["question", "1+1?"], ["answer", "2"]]\n', "one.jsonl": good + "\n",
              "torn_1.jsonl": f'{{"question": "1+\n{good}\n', "torn_3.jsonl": f'{good}\n\n{{"question": "1+\n',
              "no_question.jsonl": f'{good}\n{{"answer": "2"}}\n',
              "no_answer.jsonl": f'{good}\n{{"question": "1+1?", "answer": " "}}\n'}
