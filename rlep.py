@@ -484,27 +484,30 @@ def seed_of(*parts) -> int:
 # ---- Sampling -----------------------------------------------------------------------------------------------------
 
 class GroupLayer(DynamicLayer):
-    """A layer of the key-value cache: keys and values of the prompts, once for a group, and of the answers, in buffers."""
+    """A layer of the key-value cache: the prompts', once for a group, and the answers', in pages of 16 columns, so that little
+    is copied when they grow. group_attention reads both; columns not in use yet are 0 and hidden by its mask."""
     length = 0  # columns of the answers in use
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Takes the prompts (P, heads, T, size), then a token of each answer (rows, heads, 1, size). Returns the prompts, or
-        the answers' whole buffers, since a slice of them would be slower to read: a mask must hide the unused columns."""
+        """Takes the prompts (P, heads, T, size), then a token of each answer (rows, heads, 1, size)."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-            self.prompts = keys, values
+            self.prompts, self.pages = (keys.contiguous(), values.contiguous()), ([], [])
             return keys, values
-        if self.length == 0:
-            self.keys, self.values = keys[:, :, :0], values[:, :, :0]
-        if self.length % 16 == 0:
-            room = keys.new_zeros(*keys.shape[:2], 16, keys.shape[3])
-            self.keys, self.values = torch.cat([self.keys, room], 2), torch.cat([self.values, room], 2)
-        self.keys[:, :, self.length], self.values[:, :, self.length] = keys[:, :, 0], values[:, :, 0]
+        for pages, new in zip(self.pages, (keys, values)):
+            if self.length % 16 == 0:
+                pages[:] = pages if len(pages) < 4 else [torch.cat(pages, 2)]  # few, however long the answers are
+                pages.append(new.new_zeros(*new.shape[:2], 16, new.shape[3]))  # (rows, heads, 16, size)
+            pages[-1][:, :, self.length % 16] = new[:, :, 0]
         self.length += 1
-        return self.keys, self.values
+        return keys, values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.keys, self.values = self.keys.index_select(0, indices), self.values.index_select(0, indices)
+    def drop_rows(self, holes: Tensor, movers: Tensor, count: int) -> None:
+        """Leaves count rows, after moving those at movers to the places at holes."""
+        for pages in self.pages:
+            for i, page in enumerate(pages):
+                page[holes] = page[movers]
+                pages[i] = page[:count]
 
     def get_seq_length(self) -> int:
         return self.length
@@ -513,22 +516,27 @@ def group_attention(module, query: Tensor, key: Tensor, value: Tensor, attention
                     group_size: int, **kwargs):
     """Attention of one new token a row, whose prompt's keys and values are read once for its group, not once a row.
 
-    query (rows, sharers * heads, 1, size); key, value (rows, heads, columns, size), the answers'; alive (rows,) the rows'
-    places in the whole batch of P * group_size; attention_mask (rows, 1, 1, T + columns), added to the scores.
+    query (rows, sharers * heads, 1, size); key and value are in layers, the cache's; alive (rows,) the rows' places in the
+    whole batch of P * group_size; attention_mask (rows, 1, 1, T + columns), added to the scores.
     """
-    keys, values = layers[module.layer_idx].prompts  # (P, heads, T, size)
-    (P, heads, T, size), rows = keys.shape, len(query)
+    (keys, values), (key_pages, value_pages) = layers[module.layer_idx].prompts, layers[module.layer_idx].pages
+    P, heads, _, size = keys.shape  # (P, heads, T, size)
+    places = alive // group_size, alive % group_size
 
-    def spread(x):  # (rows, heads, sharers, n) -> (P, group_size, heads, sharers, n), 0 for finished answers
-        return x.new_zeros(P * group_size, *x.shape[1:]).index_put((alive,), x).unflatten(0, (P, group_size))
+    def spread(x):  # (rows, heads, sharers, n) -> (P, heads, group_size * sharers, n), 0 for finished answers
+        groups = x.new_zeros(P, heads, group_size, *x.shape[2:])
+        groups.transpose(1, 2)[places] = x
+        return groups.flatten(2, 3)
 
-    query = query.reshape(rows, heads, -1, size) * (scaling or size**-0.5)
-    to_prompt = torch.einsum("pghsd,phtd->pghst", spread(query), keys).flatten(0, 1).index_select(0, alive)
-    scores = torch.cat([to_prompt, torch.einsum("rhsd,rhtd->rhst", query, key)], -1) + attention_mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    out = torch.einsum("rhst,rhtd->rhsd", weights[..., T:], value)
-    out += torch.einsum("pghst,phtd->pghsd", spread(weights[..., :T]), values).flatten(0, 1).index_select(0, alive)
-    return out.reshape(rows, 1, -1, size), None
+    def gather(x):  # the inverse
+        return x.unflatten(2, (group_size, -1)).transpose(1, 2)[places]
+
+    query = query.reshape(len(query), heads, -1, size) * (scaling or size**-0.5)
+    scores = [gather(spread(query) @ keys.mT), *(query @ page.mT for page in key_pages)]
+    weights = (torch.cat(scores, -1) + attention_mask).softmax(-1, dtype=torch.float32).to(query.dtype)
+    to_prompt, *to_pages = weights.split([x.shape[-1] for x in scores], -1)
+    out = gather(spread(to_prompt) @ values) + sum(weight @ page for weight, page in zip(to_pages, value_pages))
+    return out.reshape(len(query), 1, -1, size), None
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """(rows, queries, keys) of booleans -> (rows, 1, queries, keys): 0 where visible, else the lowest number."""
@@ -592,15 +600,18 @@ def decode(model, cache: Cache, logits: Tensor, lengths: Tensor, mask: Tensor, g
         uniform = torch.rand(rows, generator=generator, device=device)[alive]  # for all rows: neighbours change nothing
         token = tokens[alive, step] = sample(logits, uniform)
         done |= torch.isin(token, ends)
-        if step % 4 == 3:  # the only place where a GPU has to wait for the CPU
-            keep = (~done).nonzero()[:, 0]
-            if len(keep) < len(alive):
-                alive, token, lengths, mask, done = (x[keep] for x in (alive, token, lengths, mask, done))
-                cache.batch_select_indices(keep)
+        if device.type == "cpu" or step % 8 == 7:  # the only place where a GPU has to wait for the CPU
+            count = len(alive) - int(done.sum())
+            holes, movers = done[:count].nonzero()[:, 0], count + (~done[count:]).nonzero()[:, 0]
+            for x in (alive, token, lengths, mask, done):  # the last rows take the places of finished ones: few move
+                x[holes] = x[movers]
+            alive, token, lengths, mask, done = (x[:count] for x in (alive, token, lengths, mask, done))
+            for layer in cache.layers:
+                layer.drop_rows(holes, movers, count)
         if step + 1 == max_new_tokens or len(alive) == 0:
             break
         mask[..., width + step] = 0
-        size = width + 16 * (step // 16 + 1)  # columns of the prompts and of the answers' buffers
+        size = width + 16 * (step // 16 + 1)  # columns of the prompts and of the pages
         logits = model(token[:, None], attention_mask=mask[..., :size], position_ids=(lengths + step)[:, None],
                        past_key_values=cache, use_cache=True, layers=cache.layers, alive=alive,
                        group_size=group_size).logits[:, -1]
