@@ -484,8 +484,8 @@ def seed_of(*parts) -> int:
 # ---- Sampling -----------------------------------------------------------------------------------------------------
 
 class GroupLayer(DynamicLayer):
-    """A layer of the key-value cache: the prompts', once for a group, and the answers', in pages of 16 columns, so that little
-    is copied when they grow. group_attention reads both; columns not in use yet are 0 and hidden by its mask."""
+    """A layer of the key-value cache: that of the prompts, once for a group, and that of the answers, in pages of 16 columns,
+    so that little is copied when it grows. group_attention reads both; unused columns are 0 and hidden by its mask."""
     length = 0  # columns of the answers in use
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -559,12 +559,14 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
 
 @torch.inference_mode()
 def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens: int, temperature: float = 1.0,
-            top_p: float = 1.0, eos_token_id: int | list[int], pad_token_id: int, generator=None) -> list[list[list[int]]]:
+            top_p: float = 1.0, eos_token_id: int | list[int], pad_token_id: int, generator=None,
+            retire_every: int | None = None) -> list[list[list[int]]]:
     """Samples group_size answers to each prompt, given as token ids (section 3.1; the old policy pi_old).
 
     Returns a list (one per prompt) of group_size lists of token ids, the end token included where it was reached, since
     stopping must be learnt too. A prompt is read once, and its cache serves its whole group. The same state of the torch
-    generator gives the same tokens. Uses decode, sample_tokens, additive_mask, GroupLayer and group_attention.
+    generator gives the same tokens. Finished answers leave the batch every retire_every tokens (default: 1 on a CPU; 8 on a
+    GPU, which has to wait each time). Uses decode, sample_tokens, additive_mask, GroupLayer and group_attention.
     """
     model.eval()
     device, ends = model.device, torch.tensor(eos_token_id, device=model.device)
@@ -580,7 +582,8 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
     try:
         model.set_attn_implementation("group")
         tokens = decode(model, cache, logits, lengths, mask, group_size, max_new_tokens, ends, generator,
-                        partial(sample_tokens, temperature=temperature, top_p=top_p)).tolist()
+                        partial(sample_tokens, temperature=temperature, top_p=top_p),
+                        retire_every or (1 if device.type == "cpu" else 8)).tolist()
     finally:
         model.set_attn_implementation(usual_attention)
     ends = set(ends.flatten().tolist())
@@ -589,7 +592,7 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
     return [answers[i:i + group_size] for i in range(0, len(answers), group_size)]
 
 def decode(model, cache: Cache, logits: Tensor, lengths: Tensor, mask: Tensor, group_size: int, max_new_tokens: int,
-           ends: Tensor, generator, sample: Callable) -> Tensor:
+           ends: Tensor, generator, sample: Callable, retire_every: int) -> Tensor:
     """The loop of rollout, a token a row and step: logits (rows, V) at the prompts' last tokens, lengths (rows,) and mask
     (rows, 1, 1, T) of the prompts -> tokens (rows, max_new_tokens), meaningless after an end. Finished rows are dropped."""
     rows, width, device = len(lengths), mask.shape[-1], lengths.device
@@ -600,7 +603,7 @@ def decode(model, cache: Cache, logits: Tensor, lengths: Tensor, mask: Tensor, g
         uniform = torch.rand(rows, generator=generator, device=device)[alive]  # for all rows: neighbours change nothing
         token = tokens[alive, step] = sample(logits, uniform)
         done |= torch.isin(token, ends)
-        if device.type == "cpu" or step % 8 == 7:  # the only place where a GPU has to wait for the CPU
+        if (step + 1) % retire_every == 0:  # the only place where a GPU has to wait for the CPU
             count = len(alive) - int(done.sum())
             holes, movers = done[:count].nonzero()[:, 0], count + (~done[count:]).nonzero()[:, 0]
             for x in (alive, token, lengths, mask, done):  # the last rows take the places of finished ones: few move

@@ -340,13 +340,14 @@ def slow_rollout(model, prompts, group_size, limit, seed, ends, temperature, top
     return [answers[i:i + group_size] for i in range(0, len(answers), group_size)]
 
 @pytest.mark.parametrize("kind, attention", [("llama", "sdpa"), ("llama", "eager"), ("qwen2", "sdpa")])
-@pytest.mark.parametrize("temperature, top_p, ends", [(1.0, 1.0, [1]), (1.5, 0.9, [1, 5, 9])])
-def test_rollout_equals_a_slow_loop(kind, attention, temperature, top_p, ends):
+@pytest.mark.parametrize("temperature, top_p, ends, every", [(1.0, 1.0, [1], None), (1.0, 1.0, [1], 8),
+                                                             (1.5, 0.9, [1, 5, 9], None)])
+def test_rollout_equals_a_slow_loop(kind, attention, temperature, top_p, ends, every):
     """Padding, copies of the cache, its pages of 16 columns and their merging at 64, retired rows, several end tokens, the
     limit."""
     model = make_model(kind, attention, initializer_range=0.15)
     prompts = random_tokens(random.Random(3), 4, 1, 11)
-    answers = roll(model, prompts, 4, 75, 5, ends, temperature=temperature, top_p=top_p)
+    answers = roll(model, prompts, 4, 75, 5, ends, temperature=temperature, top_p=top_p, retire_every=every)
     assert answers == slow_rollout(model, prompts, 4, 75, 5, ends, temperature, top_p)
     flat = [answer for group in answers for answer in group]
     assert len({tuple(answer) for answer in flat}) > 6 and len(set(map(len, flat))) > 3  # not a trivial case
