@@ -566,7 +566,7 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
     Returns a list (one per prompt) of group_size lists of token ids, the end token included where it was reached, since
     stopping must be learnt too. A prompt is read once, and its cache serves its whole group. The same state of the torch
     generator gives the same tokens. Finished answers leave the batch every retire_every tokens (default: 1 on a CPU; 8 on a
-    GPU, which has to wait each time). Uses decode, sample_tokens, additive_mask, GroupLayer and group_attention.
+    GPU, for which the CPU then has to wait). Uses decode, sample_tokens, additive_mask, GroupLayer and group_attention.
     """
     model.eval()
     device, ends = model.device, torch.tensor(eos_token_id, device=model.device)
@@ -603,7 +603,7 @@ def decode(model, cache: Cache, logits: Tensor, lengths: Tensor, mask: Tensor, g
         uniform = torch.rand(rows, generator=generator, device=device)[alive]  # for all rows: neighbours change nothing
         token = tokens[alive, step] = sample(logits, uniform)
         done |= torch.isin(token, ends)
-        if (step + 1) % retire_every == 0:  # the only place where a GPU has to wait for the CPU
+        if (step + 1) % retire_every == 0:  # the only place where the CPU waits for a GPU
             count = len(alive) - int(done.sum())
             holes, movers = done[:count].nonzero()[:, 0], count + (~done[count:]).nonzero()[:, 0]
             for x in (alive, token, lengths, mask, done):  # the last rows take the places of finished ones: few move
