@@ -484,8 +484,8 @@ def seed_of(*parts) -> int:
 # ---- Sampling -----------------------------------------------------------------------------------------------------
 
 class GroupLayer(DynamicLayer):
-    """A layer of the key-value cache: that of the prompts, once for a group, and that of the answers, in pages of 16 columns,
-    so that little is copied when it grows. group_attention reads both; unused columns are 0 and hidden by its mask."""
+    """A layer of the key-value cache: that of the prompts, once a group, and that of the answers, in pages of 16 columns, so
+    that little is copied when it grows. group_attention reads both; unused columns are 0 and hidden by its mask."""
     length = 0  # columns of the answers in use
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
