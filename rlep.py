@@ -512,16 +512,15 @@ class GroupLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.length
 
-def group_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, *, layers, alive,
+def group_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, *, layers, places,
                     group_size: int, **kwargs):
     """Attention of one new token a row, whose prompt's keys and values are read once for its group, not once a row.
 
-    query (rows, sharers * heads, 1, size); key and value are in layers, the cache's; alive (rows,) the rows' places in the
-    whole batch of P * group_size; attention_mask (rows, 1, 1, T + columns), added to the scores.
+    query (rows, sharers * heads, 1, size); key and value are in layers, the cache's; places: the rows' groups (rows,) and
+    their places in them (rows,); attention_mask (rows, 1, 1, at least T + columns of the pages), added to the scores.
     """
     (keys, values), (key_pages, value_pages) = layers[module.layer_idx].prompts, layers[module.layer_idx].pages
     P, heads, _, size = keys.shape  # (P, heads, T, size)
-    places = alive // group_size, alive % group_size
 
     def spread(x):  # (rows, heads, sharers, n) -> (P, heads, group_size * sharers, n), 0 for finished answers
         groups = x.new_zeros(P, heads, group_size, *x.shape[2:])
@@ -533,8 +532,9 @@ def group_attention(module, query: Tensor, key: Tensor, value: Tensor, attention
 
     query = query.reshape(len(query), heads, -1, size) * (scaling or size**-0.5)
     scores = [gather(spread(query) @ keys.mT), *(query @ page.mT for page in key_pages)]
-    weights = (torch.cat(scores, -1) + attention_mask).softmax(-1, dtype=torch.float32).to(query.dtype)
-    to_prompt, *to_pages = weights.split([x.shape[-1] for x in scores], -1)
+    widths, scores = [x.shape[-1] for x in scores], torch.cat(scores, -1)
+    weights = (scores + attention_mask[..., :sum(widths)]).softmax(-1, dtype=torch.float32).to(query.dtype)
+    to_prompt, *to_pages = weights.split(widths, -1)
     out = gather(spread(to_prompt) @ values) + sum(weight @ page for weight, page in zip(to_pages, value_pages))
     return out.reshape(len(query), 1, -1, size), None
 
@@ -605,19 +605,19 @@ def decode(model, cache: Cache, logits: Tensor, lengths: Tensor, mask: Tensor, g
         done |= torch.isin(token, ends)
         if (step + 1) % retire_every == 0:  # the only place where the CPU waits for a GPU
             count = len(alive) - int(done.sum())
-            holes, movers = done[:count].nonzero()[:, 0], count + (~done[count:]).nonzero()[:, 0]
-            for x in (alive, token, lengths, mask, done):  # the last rows take the places of finished ones: few move
-                x[holes] = x[movers]
-            alive, token, lengths, mask, done = (x[:count] for x in (alive, token, lengths, mask, done))
-            for layer in cache.layers:
-                layer.drop_rows(holes, movers, count)
+            if count < len(alive):
+                holes, movers = done[:count].nonzero()[:, 0], count + (~done[count:]).nonzero()[:, 0]
+                for x in (alive, token, lengths, mask, done):  # the last rows take the places of finished ones: few move
+                    x[holes] = x[movers]
+                alive, token, lengths, mask, done = (x[:count] for x in (alive, token, lengths, mask, done))
+                for layer in cache.layers:
+                    layer.drop_rows(holes, movers, count)
         if step + 1 == max_new_tokens or len(alive) == 0:
             break
         mask[..., width + step] = 0
-        size = width + 16 * (step // 16 + 1)  # columns of the prompts and of the pages
-        logits = model(token[:, None], attention_mask=mask[..., :size], position_ids=(lengths + step)[:, None],
-                       past_key_values=cache, use_cache=True, layers=cache.layers, alive=alive,
-                       group_size=group_size).logits[:, -1]
+        logits = model(token[:, None], attention_mask=mask, position_ids=(lengths + step)[:, None], past_key_values=cache,
+                       use_cache=True, layers=cache.layers, group_size=group_size,
+                       places=(alive // group_size, alive % group_size)).logits[:, -1]
     return tokens
 
 # ---- Experience pool ----------------------------------------------------------------------------------------------
