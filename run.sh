@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# bash run.sh              set up, then the whole method on the embedded problems (the same as: bash run.sh run)
+# bash run.sh              set up, then the whole method on the embedded problems (as: run.sh run)
 # bash run.sh test         set up, then the tests
-# bash run.sh evidence     set up, then every arm over six seeds, for the README's table (resumable)
+# bash run.sh evidence     set up, then every arm over ten seeds, for the README's table (resumable)
+# bash run.sh bench ...    set up, then time steps: --model FOLDER --prompts FILE.jsonl
 # bash run.sh WORDS ...    set up, then rlep.py WORDS ..., such as: bash run.sh train --help
+# RLEP_PYTHON=python3 bash run.sh ...    uses that Python and its packages instead of making .venv
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 find_python() {
     for name in python3.13 python3.12 python3.11 python3 python; do
-        if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        if command -v "$name" >/dev/null &&
+            "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$name"
             return
         fi
@@ -17,47 +20,45 @@ find_python() {
     exit 2
 }
 
-if ! cmp -s requirements.txt .venv/installed.txt; then
-    python=$(find_python)
+python=${RLEP_PYTHON:-.venv/bin/python}
+if [ -z "${RLEP_PYTHON:-}" ] && ! cmp -s requirements.txt .venv/installed.txt; then
+    base=$(find_python)
     echo "run.sh: installing requirements.txt into .venv (once)" >&2
-    "$python" -m venv .venv || { echo "run.sh: error: no virtual environment; on Debian: apt install python3-venv" >&2; exit 2; }
+    "$base" -m venv .venv ||
+        { echo "run.sh: error: no virtual environment; Debian: apt install python3-venv" >&2; exit 2; }
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
     cp requirements.txt .venv/installed.txt
 fi
 
-python=.venv/bin/python
-
-# One seed of every arm; base, vanilla run and pool are shared by its arms. Finished runs return at once.
+# One seed of every arm; base, vanilla run and pool are shared by its arms. Finished runs return.
 evidence_seed() {
     local seed=$1 at=runs/evidence/seed$1
-    arm() { "$python" rlep.py "$1" --seed "$seed" --threads 1 --out "$at/$2" "${@:3}" || echo "no $2 in seed $seed"; }
+    arm() {
+        "$python" rlep.py "$1" --seed "$seed" --threads 1 --out "$at/$2" "${@:3}" || echo "no $2"
+    }
     arm run main
-    local base=$at/main/base/policy pool=$at/main/pool.jsonl
-    arm collect failed --model "$at/main/vanilla/policy" --replay_failed
-    arm train vanilla-twice --model "$base" --steps 24
+    local base=$at/main/base/policy pool=$at/main/collection/pool.jsonl
+    arm train twice --model "$base" --steps 24
     arm train sft --model "$base" --pool "$pool" --sft_steps 4
     arm train m1 --model "$base" --pool "$pool" --replays 1
     arm train m4 --model "$base" --pool "$pool" --replays 4
-    arm train m2-failed --model "$base" --pool "$at/failed/pool.jsonl" --replay_failed
-    arm train m2-rescue --model "$base" --pool "$pool" --rescue
+    arm train failed --model "$base" --pool "$pool" --replay_failed
 }
 
-# Six seeds, two at a time, one core each. Started again, it goes on where it was. An arm may be impossible (M = 4 with a
-# pool of fewer answers): the log says so, and the table counts the seeds of each arm.
+# Ten seeds, two at a time, one core each. Started again, it goes on where it was.
 evidence() {
     mkdir -p runs/evidence
     export python && export -f evidence_seed
     echo "run.sh: evidence is under way, the logs are runs/evidence/seed*.log" >&2
-    seq 0 5 | xargs -P 2 -I @ bash -c 'set -e; evidence_seed @ >runs/evidence/seed@.log 2>&1'
-    local runs=()
-    for summary in runs/evidence/seed?/{main,vanilla-twice,sft,m1,m4,m2-failed,m2-rescue}/summary.json; do
-        runs+=("${summary%/summary.json}")
-    done
-    "$python" rlep.py plot "${runs[@]}" --out runs/evidence | tee runs/evidence/table.md
+    seq 0 9 | xargs -P 2 -I @ bash -c 'evidence_seed @ >runs/evidence/seed@.log 2>&1'
+    "$python" rlep.py plot runs/evidence/seed?/main --out runs/evidence/two_arms
+    "$python" rlep.py plot runs/evidence/seed?/{main,twice,sft,m1,m4,failed} --out runs/evidence |
+        tee runs/evidence/table.md
 }
 
 case "${1:-run}" in
     test) shift; exec "$python" -m pytest -q "$@" ;;
     evidence) evidence ;;
+    bench) exec "$python" test_rlep.py "$@" ;;
     *) exec "$python" rlep.py "$@" ;;
 esac
