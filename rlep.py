@@ -227,7 +227,8 @@ class Policy:
         if self.tokenizer.chat_template:
             turn = self.render([("user", "1"), ("assistant", "ANSWER")], ask=False)
         tokens = self.tokenizer(turn.rpartition("ANSWER")[2], add_special_tokens=False).input_ids
-        special = [token for token in tokens if token in self.tokenizer.all_special_ids]
+        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
+        special = [token for token in tokens if token in special]
         self.end = special[0] if special else self.tokenizer.eos_token_id
         if self.end is None:
             raise UserError(f"{self.name}: its tokenizer has no end token; set eos_token")
@@ -322,7 +323,7 @@ class ExperiencePool:
         return sum(len(answers) for answers in self.correct.values())
 
     def add(self, question: str, gold: str, response: str, chat: tuple = ()) -> bool:
-        """Verifies a response (text without end token) and files it; returns whether it is right."""
+        """Verifies a response (text without end token), files it, returns whether it is right."""
         self.problems.setdefault((chat, question), Problem(question, gold, chat))
         correct = verify(response, gold)
         answers = self.correct if correct else self.failed
@@ -790,7 +791,7 @@ def collect(config: Config, problems: list[Problem]) -> dict:
     policy = Policy(config)
     check_lengths(policy, problems, config.max_new_tokens)
     rows, size = read_whole_rows(out / "collected.jsonl"), config.sample_rows // config.collect_k
-    rows = rows[:len(rows) - len(rows) % max(1, size)]  # whole batches, so that the next are the same
+    rows = rows[:len(rows) - len(rows) % max(1, size)]  # whole batches: the next are the same
     write_rows(out / "collected.jsonl", rows)
     settings = replace(config, temperature=config.collect_temperature, top_p=config.collect_top_p)
     sampled = policy.sample(problems[len(rows):], config.collect_k, settings, "collection")
