@@ -69,7 +69,7 @@ class Config:
     eval_size: int = 256  # held-out problems used, at most
     instruction: str = BOXED  # added to questions that are plain text; a chat list has its own
     pool: str = ""  # experience pool to replay, a .jsonl file: with one, train is RLEP
-    out: str = ""  # folder of the run; without one, runs/COMMAND-MODEL-DATA-seedN
+    out: str = ""  # folder of the run; without one, runs/COMMAND-MODEL-DATA-POOL-seedN
     seed: int = 0  # decides the tiny model's weights, order of questions, sampling and replay
     device: str = "auto"  # cpu, cuda or mps; auto: the best there is
     precision: str = "auto"  # fp32, or bf16 arithmetic on fp32 weights; auto: bf16 on cuda
@@ -272,11 +272,11 @@ class Policy:
     def sample(self, problems: list[Problem], k: int, config: Config, *purpose):
         """Yields (problem, k responses), sampled --sample_rows at a time, but at least one group.
 
-        The random numbers of an answer follow from seed, purpose and question only: neither the
-        other questions nor --sample_rows change them.
+        The random numbers of an answer follow from seed, purpose, question and k: neither the other
+        questions nor --sample_rows change them (rounding depends on the batch, though).
         """
         for mine, trained in zip(self.sampler.parameters(), self.model.parameters()):
-            if mine is not trained:  # buffers, such as rotary angles, stay fp32
+            if mine is not trained:  # in fp32 it is; buffers, such as rotary angles, stay fp32
                 mine.data = trained.data.bfloat16()
         size = max(1, config.sample_rows // k)
         for start in range(0, len(problems), size):
@@ -433,7 +433,8 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
     Returns a list (one per prompt) of group_size lists of token ids, the end token included where
     it was reached. A prompt is read once, its cache copied for its group. Every few tokens finished
     answers leave the batch. seeds: one a prompt, for random numbers that do not depend on the other
-    prompts; without them torch's global generator serves. Calls read_prompts and sample_tokens.
+    prompts; without them torch's global generator serves. Calls read_prompts, which needs
+    RoomyLayer, and sample_tokens.
     """
     model.eval()
     cache, *state = read_prompts(model, prompts, pad_token_id)
@@ -579,14 +580,14 @@ def update_policy(policy: Policy, optimizer, answers: list[Answer], config, lear
     for batch in micro_batches([a for a in answers if a.advantage], config.micro_tokens):
         logprobs, mask = policy.logprobs(batch, config.temperature)
         old_logprobs = logprobs.detach()  # ratio 1
-        if batch[0].old_logprobs is not None:
+        if batch[0].old_logprobs is not None:  # from the second mini-batch on
             old_logprobs = pad_sequence([a.old_logprobs for a in batch], batch_first=True)
         advantages = torch.tensor([a.advantage for a in batch], device=mask.device)
         loss, shares = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip_low,
                                    config.clip_high, config.dual_clip, num_tokens)
         loss.backward()
         ratio_max = max(ratio_max, shares.pop("ratio_max"))
-        totals.update(shares, loss=loss.item())
+        totals.update(shares, loss=loss.item())  # a Counter's update adds up
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm).item()
     finite = math.isfinite(norm) and math.isfinite(totals["loss"])
     if finite:
@@ -602,7 +603,7 @@ def train_step(policy: Policy, optimizer, problems, pool, config, step: int) -> 
     # 1. G fresh answers to each question, M replayed ones beside them, and their rewards.
     start = time.perf_counter()
     answers = make_groups(policy, problems, pool, config, step)
-    sampled = time.perf_counter()
+    sampled_at = time.perf_counter()
     # 2. One baseline for all answers of a group, fresh and replayed (Eq. 5).
     rewards = torch.tensor([answer.reward for answer in answers])
     groups = torch.tensor([answer.group for answer in answers])
@@ -624,7 +625,7 @@ def train_step(policy: Policy, optimizer, problems, pool, config, step: int) -> 
         batch = [answer for answer in answers if first <= answer.group < first + size]
         updates.append(update_policy(policy, optimizer, batch, config, learning_rate))
     return step_metrics(answers, updates, config.max_new_tokens) | {
-        "sample_s": sampled - start, "update_s": time.perf_counter() - sampled}
+        "sample_s": sampled_at - start, "update_s": time.perf_counter() - sampled_at}
 
 
 def step_metrics(answers: list[Answer], updates: list[dict], limit: int) -> dict:
@@ -702,17 +703,17 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem]) -> d
     policy = Policy(replace(config, model=config.model or make_base(config, out / "base")))
     check_lengths(policy, problems + held_out, config.max_new_tokens)
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=config.weight_decay)
-    pool, arm = None, "vanilla RL"
+    pool, arm, first = None, "vanilla RL", {}
     if config.pool:
         pool, arm = load_replays(policy, problems, config), f"RLEP, M = {config.replays}"
         arm += ", M failed" if config.replay_failed else ""
     rows = load_checkpoint(out, policy, optimizer)
     if config.sft_steps:
-        for step in range(0 if rows else config.sft_steps):
-            imitate_pool(policy, optimizer, pool, problems, config, step)
+        first = imitate_pool(policy, optimizer, pool, problems, config) if not rows else {}
         pool, arm = None, "SFT, then vanilla RL"
     for step in tqdm(range(len(rows), config.steps + 1), arm, config.steps + 1, initial=len(rows)):
         start, row = time.perf_counter(), {"step": step}
+        row |= first if step == 0 else {}
         if step > 0:
             batch = questions_of_step(problems, size, config.seed, step)
             row |= train_step(policy, optimizer, batch, pool, config, step)
@@ -755,14 +756,17 @@ def load_replays(policy: Policy, problems: list[Problem], config: Config) -> Exp
     return pool
 
 
-def imitate_pool(policy, optimizer, pool: ExperiencePool, problems, config, step: int) -> None:
-    """The control, a supervised step: an update with advantage 1 for answers from the pool."""
-    rng, answers = random.Random(seed_of(config.seed, "supervised", step)), []
-    covered = [problem for problem in problems if pool.correct.get(problem.key)]
-    for problem in rng.choices(covered, k=config.prompts_per_step * config.group_size):
-        response = policy.tokens(rng.choice(pool.correct[problem.key]))
-        answers.append(Answer(0, policy.prompt(problem), response, advantage=1.0))
-    update_policy(policy, optimizer, answers, config, config.learning_rate)
+def imitate_pool(policy, optimizer, pool: ExperiencePool, problems, config: Config) -> dict:
+    """The control: supervised steps on the pool, as updates in which every advantage is 1."""
+    covered, tokens = [problem for problem in problems if pool.correct.get(problem.key)], 0
+    for step in tqdm(range(config.sft_steps), "supervised steps"):
+        rng, answers = random.Random(seed_of(config.seed, "supervised", step)), []
+        for problem in rng.choices(covered, k=config.prompts_per_step * config.group_size):
+            response = policy.tokens(rng.choice(pool.correct[problem.key]))
+            answers.append(Answer(0, policy.prompt(problem), response, advantage=1.0))
+            tokens += len(response)
+        update_policy(policy, optimizer, answers, config, config.learning_rate)
+    return {"trained_tokens": tokens}
 
 
 def summarise(rows: list[dict], config: Config) -> dict:
@@ -774,7 +778,7 @@ def summarise(rows: list[dict], config: Config) -> dict:
     return {"seed": config.seed, "steps": config.steps,
             **{name: last[name] for name in ("mean_at_k", "ci95", "maj_at_k", "pass_at_k")},
             "curve": [[row["step"], row["mean_at_k"]] for row in evaluated],
-            "tokens": sum(row["sampled_tokens"] + row["trained_tokens"] for row in rows[1:]),
+            "tokens": sum(row.get("sampled_tokens", 0) + row.get("trained_tokens", 0) for row in rows),
             "pool_tokens": pool.get("pool_tokens", math.nan),  # NaN: not known
             "seconds": sum(row["seconds"] for row in rows)}
 
@@ -808,7 +812,7 @@ def collect(config: Config, problems: list[Problem]) -> dict:
             pool.add(problem.question, problem.gold, text, problem.chat)
     counts = [len(texts) for texts in pool.correct.values() if len(texts) >= 2]
     if not counts:
-        (out / "collected.jsonl").unlink()
+        (out / "collected.jsonl").unlink()  # so that another --collect_k may be given
         raise UserError(f"{policy.name}: no question solved twice in {config.collect_k} answers; "
                         "raise --collect_k, or train it longer")
     pool.save(out / "pool.jsonl", least=2)
@@ -908,7 +912,8 @@ def load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
     if config.data:
         problems = read_problems(config.data, config.instruction)
     else:
-        problems = embedded_problems((config.train_size or 512) + size, seed=0)
+        embedded = (config.train_size or 512) + (0 if config.eval_data else size)
+        problems = embedded_problems(embedded, seed=0)
     if config.eval_data:
         held_out = read_problems(config.eval_data, config.instruction)[:size]
     else:
@@ -1120,7 +1125,7 @@ def answer_value(text: str) -> object:
 
 
 def formula_value(text: str) -> Fraction | float | complex:
-    """The value, exact if no root is in it; letters and words stand for fixed odd numbers."""
+    """The value, exact if no root is in it; letters and words stand for fixed, odd fractions."""
     for signs in ("+-", "*/", "^", "&"):  # the weakest first
         parts = split_outside(text, signs)
         if len(parts) > 1:
@@ -1185,7 +1190,7 @@ def check_lengths(policy: Policy, problems: list[Problem], max_new_tokens: int) 
 # ---- Run folders ---------------------------------------------------------------------------------
 @contextmanager
 def written_whole(path: str | Path):
-    """Gives a path to write to, which then replaces path: a crash leaves the old or the new one."""
+    """Gives a path to write to, which then replaces path: a crash leaves no half of anything."""
     path, unfinished = Path(path), Path(f"{path}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -1246,7 +1251,7 @@ def content_of(path: str) -> str:
 
 INPUTS = {"model", "data", "eval_data", "pool"}  # flags that count by the content of a path
 UNBOUND = {"out", "device", "threads", "sample_rows", "micro_tokens", "gradient_checkpointing",
-           "save_every"}  # flags that change no result, and may change when a run goes on
+           "save_every"}  # flags that change rounding at most, and may change when a run goes on
 REPLAY = {"replays", "replay_failed", "sft_steps"}  # flags that only training with a pool needs
 COLLECTION = {"collect_k", "collect_temperature", "collect_top_p"}
 
@@ -1259,13 +1264,13 @@ def open_folder(command: str, config: Config) -> dict:
     out, settings = Path(config.out), {"command": command, **asdict(config)}
     settings |= {f"{name} content": content_of(settings[name]) for name in sorted(INPUTS)}
     out.mkdir(parents=True, exist_ok=True)
-    old = read_json(out / "config.json")
+    old = read_json(out / "config.json")  # {}: a new folder
     others = {file.name for file in out.iterdir()} - {"config.json.partial"}
     if set(old) != set(settings) and (old or others):
         raise UserError(f"{out}: holds something else than a run; give another --out")
     free = UNBOUND | INPUTS | (COLLECTION if command != "collect" else set())
     free |= set() if command == "train" and config.pool else REPLAY
-    if any((out / name).exists() for name in ("metrics.jsonl", "collected.jsonl", "base")):
+    if any((out / name).exists() for name in ("metrics.jsonl", "collected.jsonl", "base", "vanilla")):
         for name in sorted(set(settings) - free):
             if old[name] != settings[name]:
                 raise UserError(f"{out}: holds a run with another --{name} ({old[name]}, here "
@@ -1395,15 +1400,18 @@ def parse(argv: list[str]) -> tuple[str, list[Path], Config]:
         may_be_0 = name in MAY_BE_0 or name == "temperature" and command == "eval"
         if type(value) in (int, float) and not (value == 0 and may_be_0):
             if not least <= value <= most or value == 0:
-                fail(f"--{name} {value}: must be at least {least or 'above 0'}, at most {most:g}")
+                fail(f"--{name} {value}: must be from {least} to {most:g}, and not 0")
         if "\0" in str(value):
             fail(f"--{name}: there is a NUL character in it")
     if (command == "plot") != bool(runs):
         fail("plot, and only plot, takes folders of finished runs")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: there is no usable CUDA GPU here")
+    if (config.device == "cuda" and not torch.cuda.is_available()
+            or config.device == "mps" and not torch.backends.mps.is_available()):
+        fail(f"--device {config.device}: there is no such GPU here")
     if config.sft_steps and not config.pool:
         fail("--sft_steps: needs --pool FILE")
+    if config.pool and command != "train":
+        fail("--pool: only train takes one")
     if command in ("collect", "eval") and not config.model:
         fail(f"{command}: needs --model, the policy to ask")
     resolve(command, config)
@@ -1418,8 +1426,8 @@ def resolve(command: str, config: Config) -> None:
     if config.precision == "auto":
         config.precision = "bf16" if config.device == "cuda" else "fp32"
     config.micro_tokens = config.micro_tokens or (512 if config.device == "cpu" else 4096)
-    about = "-".join(Path(name or "embedded").stem for name in (config.model, config.data))
-    config.out = config.out or f"runs/{command}-{about}-seed{config.seed}"
+    paths = [Path(path).name for path in (config.model, config.data, config.pool) if path]
+    config.out = config.out or f"runs/{'-'.join([command, *paths])}-seed{config.seed}"
 
 
 def execute(command: str, runs: list[Path], config: Config) -> None:

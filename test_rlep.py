@@ -1388,7 +1388,7 @@ def test_readme_blocks(tmp_path, monkeypatch):
     readme = Path(__file__).with_name("README.md").read_text()
     config = Config(device="cpu", precision="fp32", micro_tokens=512, warmup_steps=1)
     monkeypatch.chdir(tmp_path)
-    rlep.make_base(config, Path("runs/run-embedded-embedded-seed0/base"))
+    rlep.make_base(config, Path("runs/run-seed0/base"))
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:
