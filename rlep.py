@@ -778,7 +778,8 @@ def summarise(rows: list[dict], config: Config) -> dict:
     return {"seed": config.seed, "steps": config.steps,
             **{name: last[name] for name in ("mean_at_k", "ci95", "maj_at_k", "pass_at_k")},
             "curve": [[row["step"], row["mean_at_k"]] for row in evaluated],
-            "tokens": sum(row.get("sampled_tokens", 0) + row.get("trained_tokens", 0) for row in rows),
+            "tokens": sum(row.get(name, 0) for row in rows
+                          for name in ("sampled_tokens", "trained_tokens")),
             "pool_tokens": pool.get("pool_tokens", math.nan),  # NaN: not known
             "seconds": sum(row["seconds"] for row in rows)}
 
@@ -1270,7 +1271,8 @@ def open_folder(command: str, config: Config) -> dict:
         raise UserError(f"{out}: holds something else than a run; give another --out")
     free = UNBOUND | INPUTS | (COLLECTION if command != "collect" else set())
     free |= set() if command == "train" and config.pool else REPLAY
-    if any((out / name).exists() for name in ("metrics.jsonl", "collected.jsonl", "base", "vanilla")):
+    begun = "metrics.jsonl", "collected.jsonl", "base", "vanilla"
+    if any((out / name).exists() for name in begun):
         for name in sorted(set(settings) - free):
             if old[name] != settings[name]:
                 raise UserError(f"{out}: holds a run with another --{name} ({old[name]}, here "
