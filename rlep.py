@@ -1160,7 +1160,7 @@ def check_model(model, name: str) -> None:
     try:
         with torch.no_grad():
             packed, _ = response_logprobs(model.train(), prompts, responses)
-            greedy = rollout(model, prompts, 1, max_new_tokens=8, temperature=0, eos_token_id=-1,
+            greedy = rollout(model, prompts, 1, max_new_tokens=4, temperature=0, eos_token_id=-1,
                              pad_token_id=0)
             for prompt, response, row, [best] in zip(prompts, responses, packed, greedy):
                 own = plain(prompt, response)[range(len(response)), response]
