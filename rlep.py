@@ -1403,8 +1403,8 @@ def parse(argv: list[str]) -> tuple[str, list[Path], Config]:
         if type(value) in (int, float) and not (value == 0 and may_be_0):
             if not least <= value <= most or value == 0:
                 fail(f"--{name} {value}: must be from {least} to {most:g}, and not 0")
-        if "\0" in str(value):
-            fail(f"--{name}: there is a NUL character in it")
+        if re.search("[\0\ud800-\udfff]", str(value)):
+            fail(f"--{name}: there is a character in it that is no text, such as NUL")
     if (command == "plot") != bool(runs):
         fail("plot, and only plot, takes folders of finished runs")
     if (config.device == "cuda" and not torch.cuda.is_available()

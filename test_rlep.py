@@ -608,7 +608,8 @@ FLAGS = """--steps 0 | --group_size 1 | --collect_k 1 | --max_grad_norm 0 | --du
 --replays -1 | --threads 100000 | --device tpu | --precision fp8 | --steps many | --device cuda"""
 OTHERS = """dance => dance | train now => plot | plot => folders | plot BAD/folder => folder |
 train --no_such_flag 3 => --no_such_flag | train TINY --temperature 0 => --temperature |
---out a\\0b => --out | train --sft_steps 5 => --pool | eval => --model | collect => --model |
+--out a\\0b => --out | eval --instruction \\u => --instruction | train --sft_steps 5 => --pool |
+eval => --model | collect => --model | run --pool BAD/absent => --pool |
 eval --model BAD/absent => absent | eval TINY --eval_data BAD/absent => absent |
 train --model BAD/short => max_position_embeddings | train --model BAD/layers => missing |
 train TINY --data BAD/one => --eval_size | train TINY DATA --prompts_per_step 20 => --prompts"""
@@ -629,7 +630,7 @@ def test_bad_input(line, named, bad, tiny, data, tmp_path, error, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name, value in ("BAD", f"{bad}"), ("DATA", " ".join(data)), ("\\0", "\0"), (
-            "TINY", f"--model {tiny}"):
+            "\\u", "\udcff"), ("TINY", f"--model {tiny}"):
         line = line.replace(name, value)
     line = line.split()
     small = ["--max_new_tokens", 24, "--prompts_per_step", 2]
