@@ -64,6 +64,11 @@ def settings(model, **changes):
     return Config(**fixed | changes)
 
 
+def load(model, **changes):
+    """The policy in a folder."""
+    return Policy(settings(model, **changes), [Problem("1*2+3*4 mod 10 = ", "4")])
+
+
 class Crash(BaseException):
     """What no handler catches."""
 
@@ -159,9 +164,12 @@ def error(capsys):
     """error(words): the one line that a command ends with, which must have status 2."""
     def error(words):
         capsys.readouterr()
-        assert main(list(map(str, words))) == 2
+        try:
+            assert main(list(map(str, words))) == 2
+        except SystemExit as end:  # a bad flag
+            assert end.code == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()
-                 and not re.search(r"; left out: |it/s|\x1b", line)]  # statistics, progress bars
+                 and not re.search(r"it/s|\x1b", line)]  # progress bars
         assert len(lines) == 1 and lines[0].startswith("rlep.py: error: "), lines
         return lines[0]
     return error
@@ -169,7 +177,7 @@ def error(capsys):
 
 @pytest.fixture
 def policy(tiny):
-    return Policy(settings(tiny))
+    return load(tiny)
 
 
 # ---- The program ---------------------------------------------------------------------------------
@@ -188,9 +196,10 @@ def test_run_leaves_everything(finished):
         assert all(row["replays"] <= 8 and row["skipped"] == 0 for row in rows[1:])
         assert rows[-1]["reward"] > rows[1]["reward"] + 0.2  # it learns
         assert (finished / arm / "policy/model.safetensors").exists()
-        assert own["tokens"] == sum(r["sampled_tokens"] + r["trained_tokens"] for r in rows[1:])
+        tokens = sum(r["sampled_tokens"] + r["trained_tokens"] for r in rows[1:])
+        assert own["tokens"] == tokens + (summary["tokens"] if arm == "rlep" else 0)
     sampled = sum(row["tokens"] for row in read_rows(finished / "collection/collected.jsonl"))
-    assert summary["rlep"]["pool_tokens"] == sampled + summary["vanilla"]["tokens"]
+    assert summary["tokens"] == sampled + summary["vanilla"]["tokens"]
     pool = read_rows(finished / "pool.jsonl")
     held = [row["reward_model"]["candidates"] for row in pool]
     assert summary["questions"] == len(pool) >= 4 and summary["answers"] == sum(map(len, held))
@@ -209,7 +218,7 @@ def test_eval_reproduces_the_summary(arm, finished, files, data, capsys, monkeyp
         return real(model, prompts, *rest, **options)
 
     monkeypatch.setattr(rlep, "rollout", spy)
-    assert main(["eval", *RUN, *data, "--model", f"{finished}/{arm}"]) == 0  # a run's folder serves
+    assert main(["eval", *RUN, *data, "--model", f"{finished}/{arm}/policy"]) == 0
     own, printed = object_of(finished / arm / "summary.json"), capsys.readouterr().out
     assert all(f"{x}@4 {own[f'{x}_at_k']:.1%}" in printed for x in ("mean", "maj", "pass"))
     model, tokenizer = (x.from_pretrained(finished / arm / "policy") for x in
@@ -221,7 +230,7 @@ def test_eval_reproduces_the_summary(arm, finished, files, data, capsys, monkeyp
         model, asked[:1], 1, max_new_tokens=24, temperature=0, eos_token_id=1, pad_token_id=0)
     state = torch.load(finished / arm / "checkpoint.pt", weights_only=True)["model"]
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
-    assert main(["eval", *RUN, *data, "--model", f"{finished}/{arm}", "--temperature", "0"]) == 0
+    assert main(["eval", *RUN, *data, "--model", f"{finished}/{arm}/policy", "--temperature", "0"]) == 0
 
 
 def test_both_arms_see_the_same_questions(finished, words, tmp_path, monkeypatch):
@@ -255,7 +264,7 @@ def test_both_arms_see_the_same_questions(finished, words, tmp_path, monkeypatch
 
 def test_collection_has_its_own_sampling_and_rules(tiny, data, tmp_path, monkeypatch):
     """Its temperature, top-p and K; cut answers do not count; two correct ones are needed."""
-    policy = rlep.Policy(rlep.Config(model=str(tiny), device="cpu", precision="fp32"))
+    policy = load(tiny)
     right, other, wrong = (policy.tokens(f"{text}}}") for text in
                            ("\\boxed{7", "1+6=7\\boxed{7", "\\boxed{3"))
     groups = [[right, other, wrong], [right, other[:-1], wrong], [right, right, other]]
@@ -292,7 +301,7 @@ def test_moved_run_goes_on_and_plot(finished, trained, data, tmp_path, capsys, m
     assert main(["plot", "../a/run", str(trained), "--out", "picture"]) == 0
     table = capsys.readouterr().out
     arms = {arm: object_of(finished / arm / "summary.json") for arm in ("vanilla", "rlep")}
-    tokens = (arms["rlep"]["tokens"] + arms["rlep"]["pool_tokens"]) / 1e6
+    tokens = arms["rlep"]["tokens"] / 1e6
     assert re.search(rf"RLEP, M = 2, 6 steps \(1\) .* {tokens:.2f} ± 0.00 \|", table)
     means = [arms["vanilla"]["mean_at_k"], object_of(trained / "summary.json")["mean_at_k"]]
     assert f"vanilla RL, 6 steps (2) | {50 * sum(means):.2f} ± " in table
@@ -304,7 +313,7 @@ def test_moved_run_goes_on_and_plot(finished, trained, data, tmp_path, capsys, m
 
 def test_controls(finished, data, tmp_path):
     """--sft_steps learns the pool before step 0 and replays nothing; --replay_failed adds M."""
-    command = ["train", *RUN, *data, "--model", f"{finished}/base", "--steps", "1", "--pool",
+    command = ["train", *RUN, *data, "--model", f"{finished}/base/policy", "--steps", "1", "--pool",
                f"{finished}/pool.jsonl", "--out"]
     for name, *more in ("plain",), ("failed", "--replay_failed"), ("sft", "--sft_steps", "40"):
         assert main([*command, f"{tmp_path}/{name}", *more]) == 0
@@ -339,15 +348,13 @@ def test_bf16_goes_on(arm, finished, words, tmp_path, monkeypatch):
     assert all(value.dtype == torch.float32 for value in state.values())
 
 
-def test_help_and_versions(capsys, error, monkeypatch):
-    """Each flag with its reason and default; an old transformers is told what is needed."""
+def test_help(capsys):
+    """Each flag with its reason and default."""
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0 and all(re.search(rf"--{flag.name} [^-].{{12,}}?\[", text)
                                        for flag in fields(rlep.Config))
-    monkeypatch.setattr(transformers, "__version__", "4.57.0")
-    assert "5.0" in error([])
 
 
 # ---- Resume --------------------------------------------------------------------------------------
@@ -447,17 +454,17 @@ def test_leftovers_of_a_crash_do_no_harm(leave, interrupted, trained, words, tmp
     assert not list(tmp_path.rglob("*.partial"))
 
 
-@pytest.mark.parametrize("answered", [1, 4, 7])
+@pytest.mark.parametrize("answered", [0, 1, 3])
 def test_collection_goes_on(answered, finished, data, tmp_path, error):
-    """Stopped within or between batches of two, and within a line: the same pool and counts."""
-    out, command = tmp_path / "out", ["collect", *RUN, *data, "--model", f"{finished}/vanilla"]
-    command += ["--out", f"{out}"]
-    crash("append_row", answered + 1, command)
-    (out / "collected.jsonl").open("a").write('{"texts": ["\\\\bo')
+    """Stopped between batches of four questions: the same pool and counts."""
+    out, command = tmp_path / "out", ["collect", *RUN, *data]
+    command += ["--model", f"{finished}/vanilla/policy", "--out", f"{out}"]
+    crash("write_rows", answered + 2, command)  # the first row is the configuration
+    assert (out / "collected.jsonl").exists() == (answered > 0)
     assert main(command) == 0
     assert (out / "pool.jsonl").read_bytes() == (finished / "pool.jsonl").read_bytes()
     own, whole = (object_of(x / "summary.json") for x in (out, finished))
-    assert own["pool_tokens"] == whole["pool_tokens"]  # with the seed policy's training
+    assert own["tokens"] == whole["tokens"]  # with the seed policy's training
     before = snapshot(out)
     assert main(command) == 0 and snapshot(out) == before  # it is finished
     (out / "summary.json").unlink()
@@ -487,12 +494,11 @@ def test_flags_that_may_change(interrupted, finished, words, data, tmp_path, mon
     ("data", ""),
     ("pool", "POOL"), ("model", "OTHER")])
 def test_another_setting_is_refused(name, value, interrupted, finished, words, tmp_path, error):
-    """The line names what differs, also files by their content; nothing is changed."""
+    """The line names what differs, paths by their last part; nothing is changed."""
     shutil.copytree(interrupted, tmp_path / "run")
     if name == "data":
         value = tmp_path / "other.jsonl"
-        lines = Path(words("")[words("").index("--data") + 1]).read_text().splitlines(True)
-        value.write_text("".join(lines[::-1]))
+        shutil.copy(words("")[words("").index("--data") + 1], value)
     value = {"POOL": finished / "pool.jsonl", "OTHER": finished / "base/policy"}.get(value, value)
     before = snapshot(tmp_path / "run")
     assert f"--{name}" in error(words(tmp_path / "run", "--steps", 6, f"--{name}", value))
@@ -503,9 +509,7 @@ def test_another_setting_is_refused(name, value, interrupted, finished, words, t
     ("checkpoint.pt", cut), ("checkpoint.pt", lambda path: path.write_bytes(b"")),
     ("checkpoint.pt", lambda path: torch.save({"step": 3}, path)),
     ("checkpoint.pt", lambda path: torch.save([], path)), ("config.json", cut),
-    ("config.json", lambda path: path.write_text("[" * 50_000)),
-    ("metrics.jsonl", cut), ("metrics.jsonl", lambda path: path.unlink()),
-    ("metrics.jsonl", lambda path: path.write_bytes(b"\0" * 99 + b"\n" + path.read_bytes()))])
+    ("config.json", lambda path: path.write_text("[" * 50_000))])
 def test_damaged_files(name, damage, interrupted, words, tmp_path, error):
     """One line that names the file, with the folder's checkpoint left as it was."""
     shutil.copytree(interrupted, tmp_path / "run")
@@ -574,7 +578,7 @@ def bad(files, finished, tmp_path_factory):
     """Files and models that are wrong in one way each; BAD/NAME in the table below."""
     folder, good = tmp_path_factory.mktemp("bad"), '{"question": "1+1?", "answer": "2"}\n'
     texts = {"empty": "", "blank": "\n\n", "list": "[1, 2]\n", "one": good, "torn": f'{good}\n{{"q',
-             "lone": good + r'{"question": "\ud800", "answer": "2"}', "deep": "[" * 50_000 + "\n",
+             "deep": "[" * 50_000 + "\n",
              "deep_row": '{"question": ' + "[" * 50_000 + "]" * 50_000 + "}\n",
              "no_question": '{"answer": "2"}\n', "no_answer": '{"question": "a?", "answer": " "}\n',
              "reward_list": '{"question": "a?", "reward_model": [1]}\n',
@@ -602,23 +606,22 @@ def bad(files, finished, tmp_path_factory):
     return folder
 
 
-FLAGS = """--steps 0 | --group_size 1 | --collect_k 1 | --max_grad_norm 0 | --dual_clip .5 | --k 0 |
- --dual_clip -1 | --temperature 0 | --collect_temperature 0 | --temperature inf |
---learning_rate nan | --learning_rate -1 | --weight_decay inf | --top_p 0 | --collect_top_p 1.5 |
---replays -1 | --threads 100000 | --device tpu | --precision fp8 | --steps many | --device cuda"""
+FLAGS = """--steps 0 | --group_size 0 | --collect_k 0 | --k 0 | --dual_clip -1 | --temperature 0 |
+ --collect_temperature 0 | --temperature inf | --learning_rate nan | --learning_rate -1 | --top_p 0 |
+ --replays -1 | --device tpu | --precision fp8 | --steps many | --device cuda"""
 OTHERS = """dance => dance | train now => plot | plot => folders | plot BAD/folder => folder |
 train --no_such_flag 3 => --no_such_flag | train TINY --temperature 0 => --temperature |
---out a\\0b => --out | eval --instruction \\u => --instruction | train --sft_steps 5 => --pool |
-eval => --model | collect => --model | run --pool BAD/absent => --pool |
-eval --model BAD/absent => absent | eval TINY --eval_data BAD/absent => absent |
-train --model BAD/short => max_position_embeddings | train --model BAD/layers => missing |
-train TINY --data BAD/one => --eval_size | train TINY DATA --prompts_per_step 20 => --prompts"""
+train --sft_steps 5 => --pool | eval => --model | collect => --model |
+run --pool BAD/absent => --pool | eval --model BAD/absent => absent |
+eval TINY --eval_data BAD/absent => absent | train --model BAD/short => positions |
+train --model BAD/layers => missing | train TINY --data BAD/one => BAD/one |
+train TINY --eval_data BAD/empty => BAD/empty"""
 BAD = [(line, line.split()[0]) for line in re.split(r" \|\s", FLAGS)]
 BAD += [line.split(" => ") for line in re.split(r" \|\s", OTHERS)]
 BAD += [(f"train --model BAD/{name}", name)
         for name in "folder cut raises silent endless no_tokenizer".split()]
 BAD += [(f"train TINY --data BAD/{name.split(':')[0]}", name) for name in (
-    "folder absent empty blank torn:3 list:1 latin:1 lone:2 deep:1 deep_row:1 no_question:1 "
+    "folder absent empty blank torn:3 list:1 latin:1 deep:1 deep_row:1 no_question:1 "
     "no_answer:1 reward_list:1 reward_text:1 chat:1").split()]
 BAD += [(f"train TINY DATA --pool BAD/{name.split(':')[0]}", name)
         for name in "absent empty no_texts:1 reward_text:1 others failed deep:1".split()]
@@ -626,18 +629,18 @@ BAD += [(f"train TINY DATA --pool BAD/{name.split(':')[0]}", name)
 
 @pytest.mark.parametrize("line, named", BAD)
 def test_bad_input(line, named, bad, tiny, data, tmp_path, error, monkeypatch):
-    """Status 2 and one line that names the thing; nothing but a config.json is left behind."""
+    """Status 2 and one line that names the thing; no result is left behind."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name, value in ("BAD", f"{bad}"), ("DATA", " ".join(data)), ("\\0", "\0"), (
-            "\\u", "\udcff"), ("TINY", f"--model {tiny}"):
-        line = line.replace(name, value)
+    for name, value in ("BAD", f"{bad}"), ("DATA", " ".join(data)), ("TINY", f"--model {tiny}"):
+        line, named = line.replace(name, value), named.replace("BAD", f"{bad}")
     line = line.split()
     small = ["--max_new_tokens", 24, "--prompts_per_step", 2]
     before = snapshot(bad)
     assert named in error([*line[:1], *small, *line[1:]] if line[0][0] != "-" else [*small, *line])
     assert snapshot(bad) == before
-    assert {Path(path).name for path in snapshot(".")} <= {"config.json"}
+    left = {path for path in snapshot(".") if "/base/initial/" not in path}
+    assert {Path(path).name for path in left} <= {"config.json", "lock"}
 
 
 @pytest.mark.parametrize("place, flag", [("sample_tokens", "--sample_rows"),
@@ -666,8 +669,8 @@ HEADS = BASE | dict(head_dim=8)
 EXPERTS = BASE | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None)
 VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
               image_size=28, patch_size=14)
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0,
-           "original_max_position_embeddings": 40}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 40,
+            "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
 GPT2 = dict(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=0.25,
             pad_token_id=0, eos_token_id=1, bos_token_id=None)
 
@@ -696,7 +699,7 @@ LONG = ["--steps", 1, "--max_new_tokens", 40, "--overlong_buffer", 39, "--model"
 def test_good_models_train_right(kind, settings, model_folder, words, tmp_path):
     """Packed log-probs in train mode equal a plain pass, and a step trains; dropout is off."""
     folder = model_folder(kind, settings)
-    policy = rlep.Policy(rlep.Config(model=str(folder), device="cpu", precision="fp32"))
+    policy = load(folder)
     rng, plain = random.Random(0), AutoModelForCausalLM.from_pretrained(folder).eval()
     prompts = [[rng.randrange(2, 22) for _ in range(9)]] * 2 + [[5, 6, 7]]
     responses = [[rng.randrange(2, 22) for _ in range(n)] for n in (40, 7, 21)]
@@ -715,7 +718,7 @@ def test_good_models_train_right(kind, settings, model_folder, words, tmp_path):
     ("gemma3", dict(text_config=HEADS | dict(sliding_window=30), vision_config=VISION,
                     mm_tokens_per_image=1, image_token_id=39, boi_token_id=38, eoi_token_id=37)),
     ("granite", BASE | dict(logits_scaling=4.0)), ("cohere", BASE | dict(logit_scale=0.25)),
-    ("gemma2", HEADS), ("llama", BASE | dict(rope_parameters=DYNAMIC)),
+    ("gemma2", HEADS), ("llama", BASE | dict(rope_parameters=LONGROPE)),
     ("lfm2", BASE | dict(full_attn_idxs=[1], block_multiple_of=8)),
     ("mixtral", EXPERTS | dict(router_jitter_noise=0.3)), ("gpt2", GPT2 | dict(n_positions=40))])
 def test_bad_models_are_refused(kind, settings, model_folder, words, tmp_path, error):
@@ -798,8 +801,8 @@ def test_rewards(policy):
     penalties = [rlep.overlong_penalty(length, 100, 20, 0.5) for length in (1, 80, 81, 90, 100)]
     assert penalties == pytest.approx([0, 0, -0.025, -0.25, -0.5])
     assert rlep.overlong_penalty(90, 100, 20) == -0.5 and rlep.overlong_penalty(99, 99, 0) == 0
-    config, problem = step_config(overlong_buffer=4, overlong_factor=0.5), Problem("1+1=", "2")
-    for text, result in (("\\boxed{2}", (True, 0.75)), ("2", (False, -1.0))):  # 4 of 6 tokens, 2
+    config, problem = step_config(overlong_buffer=4), Problem("1+1=", "2")
+    for text, result in (("\\boxed{2}", (True, 0.5)), ("2", (False, -1.0))):  # 4 of 6 tokens, 2
         assert rlep.score(policy, problem, policy.tokens(text), config) == result
 
 
@@ -821,7 +824,7 @@ def test_loss_of_one_token(ratio, advantage, dual, objective, slope, clip):
         assert loss.item() == pytest.approx(-objective * share)
         assert logprobs.grad[0].tolist() == pytest.approx([-slope * share, 0.0])
         assert stats.pop("ratio_max") == pytest.approx(max(1.0, ratio))
-        assert stats == {n: (n == clip) * share for n in ("clip_low", "clip_high", "dual_clip")}
+        assert stats == {name: (name == clip) * share for name in ("clip_low", "clip_high")}
 
 
 # ---- Log-probabilities and gradients -------------------------------------------------------------
@@ -830,7 +833,7 @@ def test_loss_of_one_token(ratio, advantage, dual, objective, slope, clip):
     ("Qwen2", 300_000, {"hidden_size": 8, "tie_word_embeddings": True})])  # chunks of 64 logits
 def test_update_equals_a_slow_loop(kind, vocabulary, changes, policy, monkeypatch):
     """Log-probs, loss and gradient, those in float64; all settings; micro-batches are bounded."""
-    policy.model, advantages = make_model(kind, vocabulary, **changes), torch.linspace(-2, 2, 12)
+    policy.model, advantages = make_model(kind, vocabulary, **changes), torch.linspace(-99, 99, 12)
     advantages[[1, 4, 5, 6, 7]] = 0.0  # among them a whole group
     answers = mini_batch(vocabulary, advantages)
     answers = [answers[i] for i in (3, 8, 0, 1, 2, 9, 4, 5, 11, 10, 6, 7)]  # some prompts return
@@ -847,15 +850,15 @@ def test_update_equals_a_slow_loop(kind, vocabulary, changes, policy, monkeypatc
     gradient, real, batches = gradients(double), policy.logprobs, []
     optimizer, kept = keep_gradients(policy.model)
     monkeypatch.setattr(policy, "logprobs", lambda some, t: batches.append(some) or real(some, t))
-    config = settings("", temperature=0.8, clip_low=0.1, clip_high=0.4, dual_clip=2.5,
-                      max_grad_norm=0.01)
+    config = settings("", temperature=0.8, clip_low=0.1, clip_high=0.4, dual_clip=2.5)
+    assert gradient.norm() > 2
     for config.micro_tokens, number in ((1, 7), (23, 4), (40, 2), (56, 2), (57, 1)):
         batches.clear()
         stats = rlep.update_policy(policy, optimizer, answers, config, 0.0)
-        assert relative(kept[-1] * gradient.norm() / 0.01, gradient) < 1e-4
+        assert relative(kept[-1] * gradient.norm(), gradient) < 1e-4  # its norm is scaled to 1
         assert stats["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-5)
-        assert stats["loss"] == pytest.approx(loss.item(), abs=1e-6) and stats["skipped"] == 0
-        assert min(stats[name] for name in ("clip_low", "clip_high", "dual_clip")) > 0
+        assert stats["loss"] == pytest.approx(loss.item(), abs=2e-5) and stats["skipped"] == 0
+        assert stats["clip_low"] > 0 and stats["clip_high"] > 0
         assert sum(batches, []) == [a for a in answers if a.advantage]  # each once, no others
         assert len(batches) == number  # the tokens of 7 answers and 4 prompts: 57
     answers[0].old_logprobs[0] = math.nan  # and no step is taken
@@ -893,7 +896,7 @@ def test_sampling_equals_a_slow_loop(kind, temperature, top_p, ends, policy):
     for t in range(4, len(rows), 4):  # every 4 tokens it is looked which answers have ended
         assert rows[t] <= sum(len(answer) > t for answer in flat) / 0.75
     for problem, answers in found:
-        seed = rlep.seed_of(3, "test", 4, problem.key)
+        seed = rlep.seed_of(3, "test", 4, problem)
         assert answers == slow_rollout(policy.sampler, prompts[problem], 4, 60, seed, ends,
                                        temperature, top_p)
     assert [problem for problem, _ in found] == problems and len(set(map(len, flat))) > 3
@@ -938,8 +941,8 @@ def test_prompts_and_responses(policy, tmp_path):
     policy.model.resize_token_embeddings(23)
     policy.model.generation_config.eos_token_id = [1, 5]
     policy.save(tmp_path / "model")
-    policy, problem = Policy(settings(tmp_path / "model")), Problem("2=", "3", (("system", "1+"),))
-    assert policy.ends == [1, 5, 22] and policy.tokens("7*3=1") == [13, 17, 9, 18, 7, 22]
+    policy, problem = load(tmp_path / "model"), Problem("2=", "3", (("system", "1+"),))
+    assert set(policy.ends) == {1, 5, 22} and policy.tokens("7*3=1") == [13, 17, 9, 18, 7, 22]
     assert policy.text([13, 17, 9, 18, 7, 22]) == "7*3=1" and policy.text([13, 17]) == "7*"
     assert policy.tokens("1<eos>2").count(1) == 0 and len(policy.tokens("1<eos>2")) == 8
     assert policy.prompt(problem) == policy.tokens("1+2=?")[:-1]
@@ -958,7 +961,7 @@ def test_loading(tiny, tmp_path):
                 initializer_range=0.3, bos_token_id=None, eos_token_id=1)).save_pretrained(folder)
         found = []
         for checkpointing in (False, True):
-            policy = Policy(settings(folder, gradient_checkpointing=checkpointing))
+            policy = load(folder, gradient_checkpointing=checkpointing)
             optimizer, kept = keep_gradients(policy.model)
             for _ in range(2):
                 rlep.update_policy(policy, optimizer, mini_batch(20), settings(""), 0.0)
@@ -967,12 +970,12 @@ def test_loading(tiny, tmp_path):
         assert relative(*found) < 1e-6
     transformers.AutoConfig.from_pretrained(tiny, num_hidden_layers=4).save_pretrained(folder)
     with pytest.raises(UserError, match="missing"):
-        Policy(settings(folder))
+        load(folder)
 
 
 def test_mixed_precision(tiny):
     """Arithmetic in bf16, weights in fp32 that keep small updates, a copy that follows them."""
-    policy, answers = Policy(settings(tiny, precision="bf16")), mini_batch(20)
+    policy, answers = load(tiny, precision="bf16"), mini_batch(20)
     logprobs, mask = policy.logprobs(answers, 1.0)
     with torch.no_grad():
         exact = torch.cat([slow_logprobs(policy.model, a.prompt, a.response) for a in answers])
@@ -1043,11 +1046,11 @@ def test_groups(policy, two_problems):
     replays = [answer for answer in answers if answer.replayed]
     texts = [policy.text(answer.response) for answer in replays]
     assert [(a.reward, a.response[-1]) for a in replays] == [(1, 1), (1, 1), (-1, 1), (-1, 1)]
-    assert set(texts[:2]) < set(pool.correct[problems[0].key]) and texts[0] != texts[1]
+    assert set(texts[:2]) < set(pool.correct[problems[0]]) and texts[0] != texts[1]
     assert set(texts[2:]) == {"\\boxed{11}", "\\boxed{12}"}
     for given, number in ((pool, 34), (None, 32)):
         assert len(rlep.make_groups(policy, problems, given, step_config(), 1)) == number
-    pool.correct = {problem.key: [f"1+{i}" for i in range(9)] for problem in problems}
+    pool.correct = {problem: [f"1+{i}" for i in range(9)] for problem in problems}
     for seed, step in ((0, 1), (0, 2), (1, 1), (0, 1)):
         config, found = step_config(replays=4, seed=seed), {}
         for answer in rlep.make_groups(policy, problems, pool, config, step):
@@ -1059,7 +1062,7 @@ def test_groups(policy, two_problems):
 def test_a_step(policy, two_problems, monkeypatch):
     """One baseline with the replays; old log-probs are the start's, where there may be others."""
     (problem, other), pool = two_problems
-    third, right = Problem("1*1 mod 10 = ", "1"), pool.correct[problem.key]
+    third, right = Problem("1*1 mod 10 = ", "1"), pool.correct[problem]
     start, seen, real = copy.deepcopy(policy.model), [], rlep.update_policy
 
     def score(policy, asked, response, config):
@@ -1093,21 +1096,21 @@ def test_phases(tiny, tmp_path, monkeypatch):
 
     def sample(policy, asked, k, config, *purpose):
         seen.append((k, config.temperature, config.top_p))
-        for i, problem in enumerate(asked):
-            right = policy.tokens(f"\\boxed{{{problem.gold}}}")
-            yield problem, [right[:-1]] + [right] * (i % 3)
+        for problem in asked:
+            i, right = problems.index(problem), policy.tokens(f"\\boxed{{{problem.gold}}}")
+            yield problem, [right] * (i % 3) + [right[:-1]] * (3 - i % 3)
 
     monkeypatch.setattr(rlep, "train_step", lambda *given: seen.append(given[1].defaults) or 1 / 0)
     monkeypatch.setattr(Policy, "sample", sample)
-    config = settings(tiny, out=str(tmp_path / "train"), weight_decay=0.37, k=3, eval_every=99,
-                      collect_k=5, collect_temperature=0.3, collect_top_p=0.4)
+    config = settings(tiny, out=str(tmp_path / "train"), k=3, eval_every=99, collect_k=5,
+                      collect_temperature=0.3, collect_top_p=0.4)
     with pytest.raises(ZeroDivisionError):
         rlep.train(config, problems, problems)
     config.out = str(tmp_path / "collect")
     rlep.collect(config, problems)
-    assert (seen[0], seen[1]["weight_decay"], seen[2]) == ((3, 1.0, 1.0), 0.37, (5, 0.3, 0.4))
+    assert (seen[0], seen[1]["weight_decay"], seen[2]) == ((3, 1.0, 1.0), 0.1, (5, 0.3, 0.4))
     pool = ExperiencePool.load(tmp_path / "collect/pool.jsonl")
-    assert len(pool) == 26 and [*pool.problems.values()] == problems[2::3]
+    assert len(pool) == 26 and [*pool.correct] == problems[2::3]
 
 
 # ---- Experience pool and data --------------------------------------------------------------------
@@ -1118,7 +1121,7 @@ def pool_row(question, gold, *candidates):
 
 
 def test_pool(tmp_path):
-    """At most m, none twice, all alike; the authors' rows; loading verifies, by golds if given."""
+    """At most m, none twice, all alike; the authors' rows; loading verifies again."""
     pool, texts = ExperiencePool(), [f"zwölf {'so ' * i}\n\\boxed{{2}}" for i in range(5)]
     system, path, counts = (("system", "Think."),), tmp_path / "pool.jsonl", Counter()
     assert all(pool.add("q", "2", text, system) for text in texts) and pool.add("r", "4", "A: 4")
@@ -1138,47 +1141,54 @@ def test_pool(tmp_path):
     assert row["reward_model"] == {"ground_truth": "2", "style": "rule",
                                    "candidates": [*texts, texts[0]]} and "data_source" in row
     again = ExperiencePool.load(path)
-    assert again.correct == pool.correct and again.problems[system, "q"].gold == "2"
-    assert again.failed == {(system, "q"): ["\\boxed{3}"]} and again.rejected == 0
+    assert again.correct == pool.correct and {problem.gold for problem in again.correct} == {"2", "4"}
+    assert again.failed == {Problem("q", "2", system): ["\\boxed{3}"]}
     pool.save(path, least=2)
     assert read_rows(path) == [row]
-    rows = [pool_row("a", "2", "\\boxed{2}", "\\boxed{3}"), pool_row("b", "4", "\\boxed{4}")]
-    pool = ExperiencePool.load(write_rows(path, rows), {((), "a"): "3"})
-    assert pool.correct == {((), "a"): ["\\boxed{3}"], ((), "b"): ["\\boxed{4}"]}
-    assert pool.rejected == 1 and pool.problems[(), "a"].gold == "3"
 
 
-def test_problems_of_files(tmp_path, capsys):
-    """Rows as published; the same if chat and question are; contradictions and overlap are told."""
+def test_replays(policy, tmp_path, capsys):
+    """Verified by the training file's gold; neither too long nor to other questions; counted."""
+    rows = [pool_row("a", "2", "\\boxed{2}", "\\boxed{3}"), pool_row("b", "4", "\\boxed{4}"),
+            pool_row("c", "5", "\\boxed{5}", "12345\\boxed{5}")]
+    path = write_rows(tmp_path / "pool.jsonl", rows)
+    problems, config = [Problem("c", "5"), Problem("a", "3")], settings("", pool=path)
+    config.max_new_tokens = 5
+    pool, tokens = rlep.load_replays(policy, problems, config)
+    assert pool.correct == {problems[0]: ["\\boxed{5}"], problems[1]: ["\\boxed{3}"]}
+    assert "2 answers to 2 of 2 questions, 2 left out" in capsys.readouterr().out
+    assert math.isnan(tokens) and pool.failed == {problems[1]: ["\\boxed{2}"]}
+
+
+def test_problems_of_files(tmp_path):
+    """Rows as published; the same if chat and question are, and then the first counts."""
     for row, question, gold in (
-            ({"question": "Sum?", "answer": "It is <<6*7=42>>42.\n#### 42"}, "Sum?\nBox.", "42"),
+            ({"question": "Sum?", "answer": "It is <<6*7=42>>42.\n#### 42"}, "Sum?\nBOX", "42"),
             ({"problem": "Find.", "level": "Level 5", "solution":  # MATH; above, GSM8K
-              "First \\boxed{1}? No: $x=\\boxed{\\frac{1}{2}}$."}, "Find.\nBox.", "\\frac{1}{2}"),
+              "First \\boxed{1}? No: $x=\\boxed{\\frac{1}{2}}$."}, "Find.\nBOX", "\\frac{1}{2}"),
             ({"prompt": chat("Do."), "reward_model": {"ground_truth": "34"}}, "Do.", "34"),  # DAPO
-            ({"problem": "Aya", "solution": "\\boxed{9}", "answer": "204"}, "Aya\nBox.", "204"),
-            ({"id": 0, "question": "Cities", "answer": 27.0}, "Cities\nBox.", "27"),  # AMC
-            ({"question": "q", "answer": 0}, "q\nBox.", "0"),
-            ({"question": "q", "answer": 2.5}, "q\nBox.", "2.5"),
+            ({"problem": "Aya", "solution": "\\boxed{9}", "answer": "204"}, "Aya\nBOX", "204"),
+            ({"id": 0, "question": "Cities", "answer": 27.0}, "Cities\nBOX", "27"),  # AMC
+            ({"question": "q", "answer": 0}, "q\nBOX", "0"),
+            ({"question": "q", "answer": 2.5}, "q\nBOX", "2.5"),
             (pool_row("r", "3", "\\boxed{3}"), "r", "3")):
-        assert rlep.row_to_problem(row, "f:1", "Box.") == Problem(question, gold)
+        problem = rlep.row_to_problem(row, "f:1")
+        assert problem == Problem(question.replace("BOX", rlep.BOXED), "") and problem.gold == gold
     rows = [{"prompt": chat("a"), "answer": 1}, {"prompt": chat("a"), "answer": 3},
             {"prompt": [{"role": "system", "content": "s"}, *chat("a")], "answer": 2},
             {"prompt": chat("b"), "answer": 4}]
     train, test = write_rows(tmp_path / "a", rows), write_rows(tmp_path / "b", rows[3:])
     problems, held_out = rlep.load_problems(Config(data=train, eval_data=test, eval_size=2))
     assert problems == [Problem("a", "1"), Problem("a", "2", (("system", "s"),)), Problem("b", "4")]
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith(f"{train}:2:") and lines[1].startswith(f"{test}: 1 of its questions")
-    assert held_out == [Problem("b", "4")] and len(lines) == 2
+    assert [problem.gold for problem in problems + held_out] == ["1", "2", "4", "4"]
     write_rows(tmp_path / "a", [{"question": f"{i % 30}", "answer": i} for i in range(40)])
     problems, held_out = rlep.load_problems(Config(data=train, eval_size=8, train_size=15))
     assert [int(p.gold) for p in problems + held_out] == [*range(15), *range(22, 30)]
 
 
 def test_embedded_problems():
-    """Lengths 2, 3, 4 in turn, golds and noiseless workings right; what the base is taught."""
-    rng, taught, works = random.Random(0), Counter(), Counter()
-    problems = sum(rlep.load_problems(Config(train_size=900, eval_size=300)), [])
+    """Lengths 2, 3, 4 in turn, golds and noiseless workings right."""
+    rng, problems = random.Random(0), sum(rlep.load_problems(Config()), [])
     for place, problem in enumerate(problems):
         length = problem.question.count("*")
         assert length == 2 + place % 3 and eval(problem.question[:-10]) % 10 == int(problem.gold)
@@ -1186,14 +1196,28 @@ def test_embedded_problems():
         steps = working.split("\\")[0].split(",")
         assert len(steps) == 2 * length - 1 and all(eval(s[:-2]) % 10 == int(s[-1]) for s in steps)
         assert rlep.verify(working, problem.gold)
-        given, rest = rlep.warm_up_example(problem, place, rng)
-        taught[given, rest.startswith("Work: ") or rest == "\\boxed{?}"] += 1
-        rests = [rlep.warm_up_example(problem, 0, rng)[1] for _ in range(20)]
-        works[length] += sum(rest.startswith("Work: ") for rest in rests) / 8000
-    assert taught == {("Work: ", False): 900, ("", True): 300} and len(set(problems)) == 1200
     wrong = [not rlep.verify(rlep.write_working(p.question, rng), p.gold) for p in problems]
     assert 0.1 < np.mean(wrong) < 0.35  # 3 to 7 results of noise 0.05 each
-    assert [works[n] for n in (2, 3, 4)] == pytest.approx([1 / 32, 1 / 128, 1 / 512], rel=0.4)
+    assert len(set(problems)) == 768
+
+
+def test_what_the_base_is_taught(tiny, tmp_path, monkeypatch):
+    """Three in four to work once begun; else to give up, or to begin, the rarer the longer."""
+    taught, works = Counter(), Counter()
+
+    def update(policy, optimizer, answers, config, rate):
+        for answer in answers:
+            prompt, text = policy.text(answer.prompt), policy.text(answer.response)
+            begun = prompt.endswith("Work: ")
+            taught[begun, text == "\\boxed{?}"] += 1
+            works[prompt.count("*")] += not begun and text.startswith("Work: ")
+            assert answer.advantage == 1 and begun != (text[0] in "W\\")
+
+    monkeypatch.setattr(rlep, "update_policy", update)
+    rlep.make_base(settings("", warmup_steps=150), tmp_path)
+    assert taught[True, False] == 7200 and not taught[True, True]
+    assert taught[False, False] == sum(works.values()) < 0.03 * 2400
+    assert works[2] > 2 * works[3] > 2 * works[4]
 
 
 # ---- Evaluation and order of questions -----------------------------------------------------------
@@ -1408,11 +1432,12 @@ def bench(argv):
     config = settings(given.model, precision=given.precision, group_size=given.group_size,
                       max_new_tokens=given.max_new_tokens, minibatch_prompts=len(prompts),
                       learning_rate=0.0, micro_tokens=512)  # at rate 0 the steps are alike
-    policy, coin = Policy(config), random.Random(0)
+    problems, coin = [Problem(prompt, "0") for prompt in prompts], random.Random(0)
+    policy = Policy(config, problems)
     policy.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
     rlep.score = lambda *_: (False, coin.choice((-1.0, 1.0)))
     optimizer = torch.optim.AdamW(policy.model.parameters())
-    problems, rows = [Problem(prompt, "0") for prompt in prompts], []
+    rows = []
     for step in range(given.steps + 1):  # the first warms up
         rows.append(rlep.train_step(policy, optimizer, problems, None, config, step))
     tokens, sample, update = (np.array([row[name] for row in rows[1:]])
