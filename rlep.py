@@ -146,9 +146,8 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, eps: float = 1e-6) -> T
     """Eq. 1, and with replayed answers in the groups Eq. 5: (r - mean) / (std + eps) in each group.
 
     rewards (n,) floats, group_ids (n,) ints -> advantages (n,). The std is the unbiased one. Equal
-    rewards leave nothing to compare: exactly 0. A group of one has mean 0 and std 1.
-    Why replay works: 16 failures (-1) beside 2 replayed successes (+1) get -0.34 and +2.75, so a
-    question that the policy never solves still teaches; 16 failures alone would all get 0."""
+    rewards get exactly 0. A group of one has mean 0 and std 1. Why replay works: 16 failures (-1)
+    beside 2 replayed successes (+1) get -0.34 and +2.75; 16 failures alone would teach nothing."""
     advantages = torch.zeros_like(rewards)
     for group in group_ids.unique():
         own = group_ids == group
@@ -168,7 +167,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     logprobs, old_logprobs, mask (n, t), the mask 0/1 of any dtype; advantages (n,), one an answer.
     dual_clip (authors' code; 0 or None: off) keeps the objective above dual_clip A where A < 0.
     num_tokens: those of the whole mini-batch, if this is one of its micro-batches, whose losses add
-    up. Returns the loss, and as statistics the shares of clipped tokens and the largest ratio.
+    up. Returns the loss, the shares of clipped tokens, and the largest ratio.
     Replayed answers: the authors take their old log-probs from the current policy, though another
     one wrote them, and so do we. Their ratio starts at 1: replay is imitation, weighted by A."""
     mask, advantages = mask.bool(), advantages[:, None]
@@ -204,11 +203,10 @@ class Policy:
             self.model, loading = AutoModelForCausalLM.from_pretrained(
                 path, config=settings, trust_remote_code=False, output_loading_info=True,
                 dtype=torch.float32, attn_implementation="sdpa")
+            assert not loading["missing_keys"], f"missing are {sorted(loading['missing_keys'])[:3]}"
             self.model.to(config.device)
-        if missing := sorted(loading["missing_keys"]):
-            raise UserError(f"{self.name}: {len(missing)} weights are missing ({missing[0]} ...)")
         self.end = self.tokenizer.eos_token_id
-        with blame(f"{self.name}: its chat template fails; mend it"):
+        with blame(f"{self.name}: mend its tokenizer or chat template"):
             if self.tokenizer.chat_template:  # an assistant's turn need not end with the eos token
                 turn = self.render([("user", "1"), ("assistant", "ANSWER")]).rpartition("ANSWER")[2]
                 special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
@@ -216,8 +214,7 @@ class Policy:
                 self.end = next((token for token in turn if token in special), self.end)
             lengths = [len(self.prompt(problem)) for problem in problems]
             assert 0 not in lengths, "it renders nothing"
-        if self.end is None:
-            raise UserError(f"{self.name}: its tokenizer has no end token; set eos_token")
+            assert self.end is not None, "it has no end token; set eos_token"
         stops = self.model.generation_config.eos_token_id or []
         self.ends = [self.end, *([stops] if isinstance(stops, int) else stops)]
         check_model(self.model, self.name, max(lengths) + config.max_new_tokens)
@@ -309,18 +306,17 @@ class ExperiencePool:
         answers = pool.get(Problem(question, "", chat), [])
         return rng.sample(answers, min(m, len(answers)))
 
-    def save(self, path: str | Path, least: int = 1) -> None:
-        """Writes the questions with at least so many correct answers, whole or not at all."""
+    def save(self, path: str | Path) -> None:
+        """Writes the questions that have correct answers, whole or not at all."""
         rows = []
         for problem, answers in self.correct.items():
-            if len(answers) >= least:
-                chat = [*problem.chat, ("user", problem.question)]
-                rows.append({
-                    "data_source": "rlep.py",
-                    "prompt": [{"role": role, "content": text} for role, text in chat],
-                    "reward_model": {"ground_truth": problem.gold, "style": "rule",
-                                     "candidates": answers},
-                    "extra_info": {"index": len(rows), "failed": self.failed.get(problem, [])}})
+            chat = [*problem.chat, ("user", problem.question)]
+            rows.append({
+                "data_source": "rlep.py",
+                "prompt": [{"role": role, "content": text} for role, text in chat],
+                "reward_model": {"ground_truth": problem.gold, "style": "rule",
+                                 "candidates": answers},
+                "extra_info": {"index": len(rows), "failed": self.failed.get(problem, [])}})
         write_rows(path, rows)
 
     @classmethod
@@ -417,9 +413,8 @@ def response_logprobs(model, prompts: list[list[int]], responses: list[list[int]
     """log pi_theta of every response token: n prompts, n responses -> logprobs (n, t), mask (n, t).
 
     All are packed into one row, in which neighbours with the same prompt share it: the positions of
-    each answer start after the prompt, and it sees the prompt and itself only. Attention costs grow
-    with the square of the row, so bring some thousand tokens at once. For models whose logits are a
-    plain product of the last hidden state. Calls token_logprobs."""
+    each answer start after the prompt, and it sees the prompt and itself only. Bring some thousand
+    tokens at once; the logits must be a product of the last hidden state. Calls token_logprobs."""
     cells = []  # (token, position, group, answer): a prompt begins a group, as its answer 0
     places = []  # where in the row each response token is predicted: at the token before it
     for i, (prompt, response) in enumerate(zip(prompts, responses)):
@@ -645,8 +640,6 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem]) -> d
             with written_whole(out / "checkpoint.pt") as unfinished:
                 torch.save({"rows": rows, "model": policy.model.state_dict(),
                             "adam": optimizer.state_dict()}, unfinished)
-        if step > 2 and all(row["skipped"] == 1 for row in rows[-3:]):
-            raise UserError(f"{out}: no finite update in 3 steps; lower --learning_rate")
     policy.save(out / "policy")
     for name in ("sampled_tokens", "trained_tokens"):
         tokens += sum(row.get(name, 0) for row in rows)
@@ -715,16 +708,15 @@ def collect(config: Config, problems: list[Problem]) -> dict:
     for problem, row in zip(problems, rows):
         for text in row["texts"]:
             pool.add(problem.question, problem.gold, text, problem.chat)
-    counts = [len(texts) for texts in pool.correct.values() if len(texts) >= 2]
-    if not counts:
+    pool.correct = {problem: texts for problem, texts in pool.correct.items() if len(texts) >= 2}
+    if not pool.correct:
         (out / "collected.jsonl").unlink()  # so that another --collect_k may be given
         raise UserError(f"{policy.name}: solves no question twice; raise --collect_k")
-    pool.save(out / "pool.jsonl", least=2)
+    pool.save(out / "pool.jsonl")
     training = saved_rows(Path(config.model).parent / "summary.json")
     tokens = sum(row.get("tokens", 0) for row in rows + training)
-    summary = {"questions": len(counts), "answers": sum(counts), "tokens": tokens}
+    summary = {"questions": len(pool.correct), "answers": len(pool), "tokens": tokens}
     write_rows(out / "summary.json", [summary])
-    print(f"{out}/pool.jsonl: {sum(counts)} answers to {len(counts)} of {len(problems)} questions")
     return summary
 
 
@@ -740,11 +732,10 @@ def run(config: Config, problems: list[Problem], held_out: list[Problem]) -> Non
     rlep = train(arm, problems, held_out)
     table = compare([out], out)
     write_rows(out / "summary.json", [{**pool, "vanilla": vanilla, "rlep": rlep, "table": table}])
-    print(f"\n{table}\n\nall is in {out}/")
+    print(f"\n{table}\n\npool: {pool['answers']} answers to {pool['questions']} questions")
 
 
-# ==== Appendix: what every such program needs =====================================================
-# ---- Data files ----------------------------------------------------------------------------------
+# ==== Appendix: what every such program needs. Data files =========================================
 def read_rows(path: str | Path):
     """Yields ("FILE:LINE", row) for the JSON lines of a file. Raises UserError on a bad one."""
     with open(path, "rb") as file:
@@ -1010,12 +1001,8 @@ def formula_value(text: str) -> Fraction | float | complex:
 
 # ---- Models that would be trained wrongly are refused --------------------------------------------
 def check_model(model, name: str, longest: int) -> None:
-    """Compares packed log-probs and cached sampling with plain passes, up to the longest text in
-    tokens. Scaled logits, recurrent layers, left-over dropout, attention windows, changing rotary
-    angles and whatever else is not covered differ. Raises UserError."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
-    if limit < longest:
-        raise UserError(f"{name}: {limit} positions, texts of {longest}; lower --max_new_tokens")
+    """Compares packed log-probs and cached sampling with plain passes, for the longest text too: so
+    scaled logits, recurrence, attention windows and the like show up. Raises UserError."""
     size, generator = model.get_input_embeddings().weight.shape[0], torch.Generator().manual_seed(0)
     tokens = torch.randint(size, (longest,), generator=generator).tolist()
     prompts = [tokens[:3], tokens[:3], tokens[:2]]
@@ -1025,19 +1012,19 @@ def check_model(model, name: str, longest: int) -> None:
         logits = model(torch.tensor([prompt + response], device=model.device)).logits
         return logits[0, len(prompt) - 1:-1].log_softmax(-1)
 
-    differences = []
-    with blame(f"{name}: of a kind that cannot be trained"), torch.no_grad():
+    with blame(f"{name}: cannot be trained correctly; give a Llama or Qwen model"), torch.no_grad():
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
+        assert longest <= limit, f"{limit} positions, texts of {longest}: lower --max_new_tokens"
         packed, _ = response_logprobs(model.train(), prompts, responses)
         greedy = rollout(model, prompts, 1, max_new_tokens=4, temperature=0, eos_token_id=-1,
                          pad_token_id=0)
         for prompt, response, row, [best] in zip(prompts, responses, packed, greedy):
             own = plain(prompt, response)[range(len(response)), response]
-            differences += (own - row[:len(response)]).abs().tolist()
+            error = (own - row[:len(response)]).abs().max().item()
+            assert error < 1e-3, f"packed log-probs are wrong by {error:.2g}"
             own = plain(prompt, best)
-            differences += (own.max(-1).values - own[range(len(best)), best]).tolist()
-    if not all(difference < 1e-3 for difference in differences):
-        raise UserError(f"{name}: would be trained wrongly (log-probs differ by "
-                        f"{max(differences):.2g}); give one of the Llama or Qwen kind")
+            error = (own.max(-1).values - own[range(len(best)), best]).max().item()
+            assert error < 1e-3, f"log-probs of sampled tokens are wrong by {error:.2g}"
 
 
 # ---- Run folders ---------------------------------------------------------------------------------
@@ -1063,15 +1050,9 @@ def saved_rows(path: Path) -> list[dict]:
     return [row for _, row in read_rows(path)] if path.exists() else []
 
 
-ROUNDING = {"out", "device", "threads", "sample_rows", "micro_tokens", "gradient_checkpointing",
-            "save_every"}  # flags that change a result by its rounding, if at all
-REPLAY = {"replays", "replay_failed", "sft_steps"}  # flags that only training with a pool needs
-COLLECTION = {"collect_k", "collect_temperature", "collect_top_p"}
-
-
 def open_folder(command: str, config: Config) -> dict:
     """Makes a run's folder, or goes on with it; returns its summary, {} if it is unfinished. Raises
-    UserError if it holds anything else, or results with other settings (paths may move)."""
+    UserError if it holds anything else, or results with other settings; paths may move."""
     out, settings = Path(config.out), {"command": command, **asdict(config)}
     out.mkdir(parents=True, exist_ok=True)
     found = {file.name for file in out.iterdir()} - {"lock", "config.json.partial"}
@@ -1081,8 +1062,12 @@ def open_folder(command: str, config: Config) -> dict:
     with blame(f"{out}: another run is using it; wait, or give another --out"):
         lock = os.open(out / "lock", os.O_CREAT | os.O_RDWR)  # never closed: held until the end
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    free = ROUNDING if command == "collect" else ROUNDING | COLLECTION
-    free = free if config.pool else free | REPLAY
+    free = {"out", "device", "threads", "sample_rows", "micro_tokens", "gradient_checkpointing",
+            "save_every"}  # these change a result by its rounding, if at all
+    if command != "collect":
+        free |= {"collect_k", "collect_temperature", "collect_top_p"}
+    if not config.pool:
+        free |= {"replays", "replay_failed", "sft_steps"}
     if found & {"metrics.jsonl", "collected.jsonl", "base", "vanilla"}:
         for name in set(settings) - free:
             if Path(str(old[name])).name != Path(str(settings[name])).name:
@@ -1118,10 +1103,9 @@ def compare(runs: list[Path], out: Path) -> str:
         for part in (path / "vanilla", path / "rlep") if (path / "rlep").exists() else [path]:
             with blame(f"{part}: no finished run of train; finish it, or leave it out"):
                 [summary] = saved_rows(part / "summary.json")
-                arm = f"{summary['arm']}, {summary['step']} steps"
-            if summary["seed"] in arms.setdefault(arm, {}):
-                raise UserError(f"{part}: a second run of its arm and seed; leave one out")
-            arms[arm][summary["seed"]] = summary
+                arm = arms.setdefault(f"{summary['arm']}, {summary['step']} steps", {})
+                assert summary["seed"] not in arm, "or a second one of its arm and seed"
+                arm[summary["seed"]] = summary
     base = next((arms[name] for name in arms if name.startswith("vanilla RL")), {})
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
@@ -1160,11 +1144,10 @@ MAY_BE_0 = ("seed threads train_size replays sft_steps lr_warmup_steps overlong_
 
 def parse(argv: list[str]) -> tuple[str, list[Path], Config]:
     """The command, the folders to plot, the settings; a bad flag ends with one line, status 2."""
-    parser = argparse.ArgumentParser(
-        "rlep.py", argparse.SUPPRESS, __doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", default="run",
-                        choices=("run", "train", "collect", "eval", "plot"))
+    parser = argparse.ArgumentParser("rlep.py", argparse.SUPPRESS, __doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = "run", "train", "collect", "eval", "plot"
+    parser.add_argument("command", nargs="?", default="run", choices=commands)
     parser.add_argument("runs", nargs="*", type=Path, help="for plot: folders of finished runs")
     comments = re.findall(r"^    (\w+): .*?  # (.*)", Path(__file__).read_text(), re.MULTILINE)
     choices = {"device": ("cpu", "cuda", "mps"), "precision": ("fp32", "bf16")}
