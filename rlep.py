@@ -46,7 +46,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -68,7 +68,7 @@ class Config:
     out: str = ""  # folder of the run; without one, runs/COMMAND-MODEL-DATA-POOL-seedN
     seed: int = 0  # decides the tiny model's weights, order of questions, sampling and replay
     device: str = DEVICE  # cpu, cuda or mps
-    precision: str = "bf16" if DEVICE == "cuda" else "fp32"  # bf16: arithmetic on fp32 weights
+    bf16: bool = DEVICE == "cuda"  # bf16 arithmetic, on fp32 weights
     threads: int = 0  # CPU threads, 0: torch decides; a run repeats exactly on equal threads
     # Rollouts (section 3.1)
     prompts_per_step: int = 32  # questions a rollout (paper: 512)
@@ -189,7 +189,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
 # ---- The policy ----------------------------------------------------------------------------------
 class Policy:
     """A causal language model with its tokenizer. Weights are fp32: an update of 1e-6 would be
-    rounded away in bf16. With precision bf16 the update's arithmetic is bf16 (torch.autocast), and
+    rounded away in bf16. With --bf16 the update's arithmetic is bf16 (torch.autocast), and
     a bf16 copy samples. Raises UserError if it cannot be loaded whole or trained correctly."""
 
     def __init__(self, config: Config, problems: list[Problem]):
@@ -218,9 +218,8 @@ class Policy:
         stops = self.model.generation_config.eos_token_id or []
         self.ends = [self.end, *([stops] if isinstance(stops, int) else stops)]
         check_model(self.model, self.name, max(lengths) + config.max_new_tokens)
-        bf16 = config.precision == "bf16"
-        self.sampler = copy.deepcopy(self.model) if bf16 else self.model
-        self.autocast = torch.autocast(config.device, torch.bfloat16, enabled=bf16)
+        self.sampler = copy.deepcopy(self.model) if config.bf16 else self.model
+        self.autocast = torch.autocast(config.device, torch.bfloat16, enabled=config.bf16)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -354,11 +353,9 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
             temperature: float = 1.0, top_p: float = 1.0, eos_token_id: int | list[int],
             pad_token_id: int, seeds: list[int] | None = None) -> list[list[list[int]]]:
     """Samples group_size answers to each prompt (token ids) from pi_old: a list (one per prompt) of
-    group_size lists of token ids, the end token included where it was reached.
-
-    A prompt is read once, its cache copied for its group; finished answers leave the batch every
-    few tokens. seeds: one a prompt, for random numbers that do not depend on the other prompts;
-    without them torch's generator serves. Calls read_prompts and sample_tokens."""
+    group_size lists of token ids, the end token included where it was reached. A prompt is read
+    once, its cache copied for its group; finished answers leave the batch every few tokens. seeds:
+    one a prompt, for random numbers of its own. Calls read_prompts and sample_tokens."""
     model.eval()
     cache, *state = read_prompts(model, prompts, pad_token_id)
     cache.batch_repeat_interleave(group_size)  # from here on a row is an answer
@@ -396,8 +393,7 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
 
 def read_prompts(model, prompts: list[list[int]], pad_token_id: int):
     """Runs every prompt once, padded on the left to (P, width). Returns the key-value cache, the
-    logits of the next tokens (P, V), which columns hold a prompt (P, width), and the positions of
-    the prompts' last tokens (P,)."""
+    next logits (P, V), which columns hold a prompt (P, width), and the last positions (P,)."""
     ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], True, pad_token_id, "left")
     visible = pad_sequence([torch.ones(len(prompt)) for prompt in prompts], True, 0, "left").bool()
     ids, visible = ids.to(model.device), visible.to(model.device)
@@ -441,9 +437,8 @@ def response_logprobs(model, prompts: list[list[int]], responses: list[list[int]
 
 
 def token_logprobs(hidden: Tensor, head, targets: Tensor, temperature: float) -> Tensor:
-    """log pi(target): hidden (m, d), targets (m,) -> (m,), through head, which makes the logits.
-    In chunks, whose logits are made again in the backward pass: all (m, V) of them at once would be
-    by far the largest tensor of an update."""
+    """log pi(target): hidden (m, d), targets (m,) -> (m,), through head, which makes the logits. In
+    chunks, whose logits are made again in the backward pass: all (m, V) at once would be huge."""
     def logprobs(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = head(hidden).float() / temperature  # (chunk, V)
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
@@ -451,7 +446,7 @@ def token_logprobs(hidden: Tensor, head, targets: Tensor, temperature: float) ->
     size = max(64, 2**24 // head.weight.shape[0])  # 64 MiB of fp32 logits
     chunks = []
     for part in zip(hidden.split(size), targets.split(size)):
-        chunks.append(checkpoint(logprobs, *part, use_reentrant=False, preserve_rng_state=False))
+        chunks.append(recomputed(logprobs, *part, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(chunks)
 
 
@@ -471,8 +466,7 @@ def micro_batches(answers: list[Answer], micro_tokens: int):
 
 # ---- The training step ---------------------------------------------------------------------------
 def score(policy: Policy, problem: Problem, response: list[int], config) -> tuple[bool, float]:
-    """Whether a response is correct, and its reward: +1 or -1, less the overlong penalty (authors'
-    code). Your own reward goes here. An answer cut at the limit may have a complete box."""
+    """Whether a response is correct, and its reward, +1 or -1 less the penalty. Yours goes here."""
     correct = verify(policy.text(response), problem.gold)
     penalty = overlong_penalty(len(response), config.max_new_tokens, config.overlong_buffer)
     return correct, (1.0 if correct else -1.0) + penalty
@@ -498,9 +492,8 @@ def make_groups(policy, problems, pool: ExperiencePool | None, config, step: int
 
 
 def update_policy(policy: Policy, optimizer, answers: list[Answer], config, learning_rate: float):
-    """One optimizer step on one mini-batch (Eq. 4), in micro-batches whose losses add up. Returns
-    statistics; skipped is 1 if loss or gradient was not finite and no step was taken. Answers of
-    advantage 0 have no gradient and are not computed; their tokens stay in the mean."""
+    """One optimizer step on one mini-batch (Eq. 4), in micro-batches whose losses add up. Answers
+    of advantage 0 have no gradient and are not computed; their tokens stay in the mean."""
     num_tokens = sum(len(answer.response) for answer in answers)
     stats = Counter(loss=0.0, clip_low=0.0, clip_high=0.0)
     ratio_max = 1.0
@@ -522,7 +515,7 @@ def update_policy(policy: Policy, optimizer, answers: list[Answer], config, lear
         optimizer.step()
     optimizer.zero_grad()
     return {**stats, "ratio_max": ratio_max, "grad_norm": norm if finite else 0.0,
-            "skipped": float(not finite)}
+            "skipped": float(not finite)}  # 1: no step was taken
 
 
 def train_step(policy: Policy, optimizer, problems, pool, config, step: int) -> dict:
@@ -621,9 +614,15 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem]) -> d
     pool, tokens, arm = None, 0, "vanilla RL"
     if config.pool:
         pool, tokens = load_replays(policy, problems, config)
-        arm = f"RLEP, M = {config.replays}{', M failed' if config.replay_failed else ''}"
-        arm = "SFT, then vanilla RL" if config.sft_steps else arm
-    rows = load_checkpoint(out / "checkpoint.pt", policy, optimizer)
+        arm = f"RLEP, M = {config.replays}" + ", M failed" * config.replay_failed
+    arm = "SFT, then vanilla RL" if config.sft_steps else arm
+    rows, checkpoint = [], out / "checkpoint.pt"
+    if checkpoint.exists():
+        with blame(f"{checkpoint}: damaged; delete {out}"):
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            policy.model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["adam"])
+            rows = state["rows"]  # the metrics of the steps up to it
     for step in tqdm(range(len(rows), config.steps + 1), arm, config.steps + 1, initial=len(rows)):
         start, row = time.perf_counter(), {"step": step}
         if step > 0:
@@ -637,17 +636,15 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem]) -> d
         rows.append(row | {"seconds": time.perf_counter() - start})
         write_rows(out / "metrics.jsonl", rows)
         if step % config.save_every == 0 or step == config.steps:  # no random state: see seed_of
-            with written_whole(out / "checkpoint.pt") as unfinished:
+            with written_whole(checkpoint) as unfinished:
                 torch.save({"rows": rows, "model": policy.model.state_dict(),
                             "adam": optimizer.state_dict()}, unfinished)
     policy.save(out / "policy")
-    for name in ("sampled_tokens", "trained_tokens"):
-        tokens += sum(row.get(name, 0) for row in rows)
+    tokens += sum(row.get("sampled_tokens", 0) + row.get("trained_tokens", 0) for row in rows)
     curve = [[row["step"], row["mean_at_k"]] for row in rows if "mean_at_k" in row]
     summary = rows[-1] | {"arm": arm, "seed": config.seed, "curve": curve, "tokens": tokens,
                           "seconds": sum(row["seconds"] for row in rows)}
     write_rows(out / "summary.json", [summary])
-    print(f"{arm}: final mean@{config.k} {summary['mean_at_k']:.1%}; the policy is {out}/policy")
     return summary
 
 
@@ -777,10 +774,8 @@ def load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
         return list(dict.fromkeys(row_to_problem(row, where) for where, row in read_rows(path)))
 
     size = config.eval_size
-    if config.data:
-        problems = read(config.data)
-    else:
-        problems = embedded_problems((config.train_size or 512) + size, seed=0)
+    embedded = embedded_problems((config.train_size or 512) + size, seed=0)
+    problems = read(config.data) if config.data else embedded
     if config.eval_data:
         held_out = read(config.eval_data)[:size]
     else:
@@ -839,9 +834,9 @@ def save_untrained(folder: Path, seed: int) -> None:
 
 
 def make_base(config: Config, folder: Path) -> str:
-    """The embedded base model's folder. Its warm-up, in place of pretraining and not in the paper,
-    makes a model that can work but gives up: three examples in four teach how a begun working goes
-    on, one how to begin: by giving up, and rarely, the rarer the longer the problem, by working."""
+    """The embedded base model's folder. Its warm-up, in place of pretraining, makes a model that
+    can work but gives up: three examples in four teach how a begun working goes on, one how to
+    begin: by giving up, and rarely, the rarer the longer the problem, by working."""
     if (folder / "policy").exists():
         return str(folder / "policy")
     save_untrained(folder / "initial", seed_of(config.seed, "weights"))
@@ -1076,17 +1071,6 @@ def open_folder(command: str, config: Config) -> dict:
     return {} if command == "run" else (saved_rows(out / "summary.json") or [{}])[0]
 
 
-def load_checkpoint(file: Path, policy: Policy, optimizer) -> list[dict]:
-    """Restores the checkpoint, if there is one; returns the metrics of the steps up to it."""
-    if not file.exists():
-        return []
-    with blame(f"{file}: damaged; delete {file.parent}"):
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        policy.model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["adam"])
-        return state["rows"]
-
-
 # ---- Comparing runs ------------------------------------------------------------------------------
 def over_seeds(values: list[float]) -> tuple[float, float]:
     """The mean over seeds, and half its 95% interval (Student's t; 0 for one seed)."""
@@ -1150,11 +1134,10 @@ def parse(argv: list[str]) -> tuple[str, list[Path], Config]:
     parser.add_argument("command", nargs="?", default="run", choices=commands)
     parser.add_argument("runs", nargs="*", type=Path, help="for plot: folders of finished runs")
     comments = re.findall(r"^    (\w+): .*?  # (.*)", Path(__file__).read_text(), re.MULTILINE)
-    choices = {"device": ("cpu", "cuda", "mps"), "precision": ("fp32", "bf16")}
     for flag in fields(Config):
-        kind = {"type": flag.type, "metavar": "VALUE", "choices": choices.get(flag.name)}
+        kind = {"type": flag.type, "metavar": "VALUE"}
         if flag.type is bool:
-            kind = {"action": "store_true"}
+            kind = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(f"--{flag.name}", default=flag.default,
                             help=f"{dict(comments)[flag.name]} [{flag.default}]", **kind)
     values = vars(parser.parse_intermixed_args(argv))

@@ -60,7 +60,7 @@ def chat(text):
 
 def settings(model, **changes):
     """A configuration for the CPU, in which nothing is left to be decided."""
-    fixed = {"model": str(model), "device": "cpu", "precision": "fp32", "micro_tokens": 1024}
+    fixed = {"model": str(model), "device": "cpu", "bf16": False, "micro_tokens": 1024}
     return Config(**fixed | changes)
 
 
@@ -337,8 +337,8 @@ def test_other_ways_to_train(tiny, trained, words, tmp_path):
 
 @pytest.mark.parametrize("arm", ["vanilla", "rlep"])
 def test_bf16_goes_on(arm, finished, words, tmp_path, monkeypatch):
-    """--precision bf16 trains fp32 weights, and a stopped run ends as an undisturbed one."""
-    more = ["--steps", 3, "--precision", "bf16", "--max_new_tokens", 24]
+    """--bf16 trains fp32 weights, and a stopped run ends as an undisturbed one."""
+    more = ["--steps", 3, "--bf16", "--max_new_tokens", 24]
     more += ["--pool", finished / "pool.jsonl"] if arm == "rlep" else []
     assert main(words(tmp_path / "whole", *more)) == 0
     crash("train_step", 3, words(tmp_path / "stopped", *more))
@@ -353,7 +353,7 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert end.value.code == 0 and all(re.search(rf"--{flag.name} [^-].{{12,}}?\[", text)
+    assert end.value.code == 0 and all(re.search(rf"--{flag.name}[ ,].{{12,}}?\[", text)
                                        for flag in fields(rlep.Config))
 
 
@@ -490,8 +490,7 @@ def test_flags_that_may_change(interrupted, finished, words, data, tmp_path, mon
 
 
 @pytest.mark.parametrize("name, value", [
-    ("learning_rate", 0.5), ("group_size", 5), ("clip_high", 0.1), ("precision", "bf16"),
-    ("data", ""),
+    ("learning_rate", 0.5), ("group_size", 5), ("clip_high", 0.1), ("data", ""),
     ("pool", "POOL"), ("model", "OTHER")])
 def test_another_setting_is_refused(name, value, interrupted, finished, words, tmp_path, error):
     """The line names what differs, paths by their last part; nothing is changed."""
@@ -608,7 +607,7 @@ def bad(files, finished, tmp_path_factory):
 
 FLAGS = """--steps 0 | --group_size 0 | --collect_k 0 | --k 0 | --dual_clip -1 | --temperature 0 |
  --collect_temperature 0 | --temperature inf | --learning_rate nan | --learning_rate -1 | --top_p 0 |
- --replays -1 | --device tpu | --precision fp8 | --steps many | --device cuda"""
+ --replays -1 | --device tpu | --steps many | --device cuda"""
 OTHERS = """dance => dance | train now => plot | plot => folders | plot BAD/folder => folder |
 train --no_such_flag 3 => --no_such_flag | train TINY --temperature 0 => --temperature |
 train --sft_steps 5 => --pool | eval => --model | collect => --model |
@@ -975,7 +974,7 @@ def test_loading(tiny, tmp_path):
 
 def test_mixed_precision(tiny):
     """Arithmetic in bf16, weights in fp32 that keep small updates, a copy that follows them."""
-    policy, answers = load(tiny, precision="bf16"), mini_batch(20)
+    policy, answers = load(tiny, bf16=True), mini_batch(20)
     logprobs, mask = policy.logprobs(answers, 1.0)
     with torch.no_grad():
         exact = torch.cat([slow_logprobs(policy.model, a.prompt, a.response) for a in answers])
@@ -1409,7 +1408,7 @@ def test_time_is_linear(unit):
 def test_readme_blocks(tmp_path, monkeypatch):
     """The README's Python runs as it stands, where it needs no download."""
     readme = Path(__file__).with_name("README.md").read_text()
-    config = Config(device="cpu", precision="fp32", micro_tokens=512, warmup_steps=1)
+    config = Config(device="cpu", bf16=False, micro_tokens=512, warmup_steps=1)
     monkeypatch.chdir(tmp_path)
     rlep.make_base(config, Path("runs/run-seed0/base"))
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
@@ -1422,12 +1421,12 @@ def bench(argv):
     """Prints time and memory of whole steps on prompts with random rewards, one update a step."""
     parser = argparse.ArgumentParser("bash run.sh bench", description=bench.__doc__)
     for name, default in (("model", ""), ("prompts", ""), ("group_size", 16), ("steps", 3),
-                          ("max_new_tokens", 64), ("threads", 1), ("precision", "fp32")):
+                          ("max_new_tokens", 64), ("threads", 1), ("bf16", 0)):
         parser.add_argument(f"--{name}", type=type(default), default=default)
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     prompts = [row["prompt"] for row in read_rows(given.prompts)]
-    config = settings(given.model, precision=given.precision, group_size=given.group_size,
+    config = settings(given.model, bf16=bool(given.bf16), group_size=given.group_size,
                       max_new_tokens=given.max_new_tokens, minibatch_prompts=len(prompts),
                       learning_rate=0.0, micro_tokens=512)  # at rate 0 the steps are alike
     problems, coin = [Problem(prompt, "0") for prompt in prompts], random.Random(0)
