@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import rlep
 from rlep import Answer, Config, ExperiencePool, Policy, Problem, UserError, main
-from rlep import extract_answer, plain_formula, verify
+from rlep import verify
 
 torch.set_num_threads(1)
 
@@ -180,7 +180,6 @@ def policy(tiny):
     return load(tiny)
 
 
-# ---- The program ---------------------------------------------------------------------------------
 # ---- The real path -------------------------------------------------------------------------------
 def test_run_leaves_everything(finished):
     """Every file, with what other programs read; RLEP alone replays; collection asks the policy."""
@@ -228,9 +227,11 @@ def test_eval_reproduces_the_summary(arm, finished, files, data, capsys, monkeyp
     theirs = model.generate(torch.tensor(asked[:1]), do_sample=False, max_new_tokens=24)
     assert [[theirs[0, len(asked[0]):].tolist()]] == real(
         model, asked[:1], 1, max_new_tokens=24, temperature=0, eos_token_id=1, pad_token_id=0)
-    state = torch.load(finished / arm / "checkpoint.pt", weights_only=True)["model"]
-    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
-    assert main(["eval", *RUN, *data, "--model", f"{finished}/{arm}/policy", "--temperature", "0"]) == 0
+    state = torch.load(finished / arm / "checkpoint.pt", weights_only=True)
+    assert all(torch.equal(state["model"][name], x) for name, x in model.state_dict().items())
+    assert state["adam"]["param_groups"][0]["weight_decay"] == 0.1
+    words = ["eval", *RUN, *data, "--model", f"{finished}/{arm}/policy", "--temperature", "0"]
+    assert main(words) == 0
 
 
 def test_both_arms_see_the_same_questions(finished, words, tmp_path, monkeypatch):
@@ -325,7 +326,7 @@ def test_controls(finished, data, tmp_path):
 
 
 def test_other_ways_to_train(tiny, trained, words, tmp_path):
-    """Without a chat template; and gradient checkpointing changes no result but for rounding."""
+    """Without a chat template; and with gradient checkpointing, to the same policy."""
     shutil.copytree(tiny, tmp_path / "plain")
     (tmp_path / "plain/chat_template.jinja").unlink()
     assert main(words(tmp_path / "a", "--steps", 1, "--model", tmp_path / "plain")) == 0
@@ -552,8 +553,7 @@ def test_full_disk(what, limit, interrupted, trained, words, start, tmp_path):
 # ---- Folders of others ---------------------------------------------------------------------------
 @pytest.mark.parametrize("content", [
     {"config.json": '{"compilerOptions": {"strict": true}}', "src.js": "alert(1)"},
-    {"config.json": "{}"}, {"config.json": "[]"}, {"config.json": "[{}]"}, {"config.json": "null"},
-    {"config.json": '{"command": "train", "out": "x"}'}, {"config.json": "7"},
+    {"config.json": "{}"}, {"config.json": "[]"}, {"config.json": "{}\n{}"},
     {"config.json": "\udcff"}, {"notes.txt": "mine"}, "model", "inside", "file"])
 def test_folders_of_others_are_not_touched(content, tiny, words, tmp_path, error):
     """A JavaScript project, a model, a file: refused in a line, not a byte changed."""
@@ -578,9 +578,7 @@ def bad(files, finished, tmp_path_factory):
     folder, good = tmp_path_factory.mktemp("bad"), '{"question": "1+1?", "answer": "2"}\n'
     texts = {"empty": "", "blank": "\n\n", "list": "[1, 2]\n", "one": good, "torn": f'{good}\n{{"q',
              "deep": "[" * 50_000 + "\n",
-             "deep_row": '{"question": ' + "[" * 50_000 + "]" * 50_000 + "}\n",
              "no_question": '{"answer": "2"}\n', "no_answer": '{"question": "a?", "answer": " "}\n',
-             "reward_list": '{"question": "a?", "reward_model": [1]}\n',
              "reward_text": '{"question": "a?", "reward_model": "7"}\n',
              "chat": '{"prompt": [{"role": "user"}], "answer": 1}\n',
              "no_texts": '{"question": "a?", "reward_model": {"ground_truth": "2"}}\n',
@@ -606,8 +604,8 @@ def bad(files, finished, tmp_path_factory):
 
 
 FLAGS = """--steps 0 | --group_size 0 | --collect_k 0 | --k 0 | --dual_clip -1 | --temperature 0 |
- --collect_temperature 0 | --temperature inf | --learning_rate nan | --learning_rate -1 | --top_p 0 |
- --replays -1 | --device tpu | --steps many | --device cuda"""
+ --collect_temperature 0 | --temperature inf | --learning_rate nan | --learning_rate -1 |
+ --top_p 0 | --replays -1 | --device tpu | --steps many | --device cuda"""
 OTHERS = """dance => dance | train now => plot | plot => folders | plot BAD/folder => folder |
 train --no_such_flag 3 => --no_such_flag | train TINY --temperature 0 => --temperature |
 train --sft_steps 5 => --pool | eval => --model | collect => --model |
@@ -620,8 +618,8 @@ BAD += [line.split(" => ") for line in re.split(r" \|\s", OTHERS)]
 BAD += [(f"train --model BAD/{name}", name)
         for name in "folder cut raises silent endless no_tokenizer".split()]
 BAD += [(f"train TINY --data BAD/{name.split(':')[0]}", name) for name in (
-    "folder absent empty blank torn:3 list:1 latin:1 deep:1 deep_row:1 no_question:1 "
-    "no_answer:1 reward_list:1 reward_text:1 chat:1").split()]
+    "folder absent empty blank torn:3 list:1 latin:1 deep:1  no_question:1 "
+    "no_answer:1 reward_text:1 chat:1").split()]
 BAD += [(f"train TINY DATA --pool BAD/{name.split(':')[0]}", name)
         for name in "absent empty no_texts:1 reward_text:1 others failed deep:1".split()]
 
@@ -642,22 +640,14 @@ def test_bad_input(line, named, bad, tiny, data, tmp_path, error, monkeypatch):
     assert {Path(path).name for path in left} <= {"config.json", "lock"}
 
 
-@pytest.mark.parametrize("place, flag", [("sample_tokens", "--sample_rows"),
-                                         ("policy_loss", "--micro_tokens"),
-                                         ("token_logprobs", "--micro_tokens")])
-def test_out_of_gpu_memory(place, flag, words, tmp_path, error, monkeypatch):
-    """In sampling, in the update, in old log-probs: a line that names the flag to lower."""
-    real = rlep.train_step
-
-    def full(*given, **options):
+@pytest.mark.parametrize("place", ["sample_tokens", "policy_loss"])
+def test_out_of_gpu_memory(place, words, tmp_path, error, monkeypatch):
+    """In sampling, in the update: a line that names the flags to lower."""
+    def full(*given):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def step(*given):
-        monkeypatch.setattr(rlep, place, full)
-        return real(*given)
-
-    monkeypatch.setattr(rlep, "train_step", step)
-    assert flag in error(words(tmp_path / "run"))
+    monkeypatch.setattr(rlep, "check_model", lambda *given: monkeypatch.setattr(rlep, place, full))
+    assert "--sample_rows and --micro_tokens" in error(words(tmp_path / "run"))
 
 
 # ---- Models --------------------------------------------------------------------------------------
@@ -730,10 +720,7 @@ def test_bad_models_are_refused(kind, settings, model_folder, words, tmp_path, e
 def make_model(kind="Llama", vocabulary=40, **changes):
     """A random model with sharp predictions, so that a wrong position or mask shows."""
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**dict(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0,
-        initializer_range=0.25, eos_token_id=1, bos_token_id=None) | changes)
+    config = getattr(transformers, f"{kind}Config")(**BASE | {"vocab_size": vocabulary} | changes)
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
@@ -951,23 +938,17 @@ def test_prompts_and_responses(policy, tmp_path):
 
 def test_loading(tiny, tmp_path):
     """Dropout is off, gradient checkpointing changes no gradient, missing weights are refused."""
-    for name in ("gpt2", "llama"):
-        folder = shutil.copytree(tiny, tmp_path / name)
-        transformers.AutoConfig.from_pretrained(tiny, attention_dropout=0.5).save_pretrained(folder)
-        if name == "gpt2":
-            transformers.GPT2LMHeadModel(transformers.GPT2Config(
-                vocab_size=22, n_positions=64, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.5,
-                initializer_range=0.3, bos_token_id=None, eos_token_id=1)).save_pretrained(folder)
-        found = []
-        for checkpointing in (False, True):
-            policy = load(folder, gradient_checkpointing=checkpointing)
-            optimizer, kept = keep_gradients(policy.model)
-            for _ in range(2):
-                rlep.update_policy(policy, optimizer, mini_batch(20), settings(""), 0.0)
-            assert torch.equal(*kept) and policy.model.is_gradient_checkpointing == checkpointing
-            found.append(kept[0])
-        assert relative(*found) < 1e-6
-    transformers.AutoConfig.from_pretrained(tiny, num_hidden_layers=4).save_pretrained(folder)
+    folder, found = shutil.copytree(tiny, tmp_path / "model"), []
+    AutoConfig.from_pretrained(tiny, attention_dropout=0.5).save_pretrained(folder)
+    for checkpointing in (False, True):
+        policy = load(folder, gradient_checkpointing=checkpointing)
+        optimizer, kept = keep_gradients(policy.model)
+        for _ in range(2):
+            rlep.update_policy(policy, optimizer, mini_batch(20), settings(""), 0.0)
+        assert torch.equal(*kept) and policy.model.is_gradient_checkpointing == checkpointing
+        found.append(kept[0])
+    assert relative(*found) < 1e-6
+    AutoConfig.from_pretrained(tiny, num_hidden_layers=4).save_pretrained(folder)
     with pytest.raises(UserError, match="missing"):
         load(folder)
 
@@ -1089,29 +1070,6 @@ def test_a_step(policy, two_problems, monkeypatch):
     assert (rate, seen[-1][2]) == (0.02, 0.08)
 
 
-def test_phases(tiny, tmp_path, monkeypatch):
-    """AdamW's weight decay; collection's settings, its cut answers, and two right ones at least."""
-    seen, problems = [], rlep.embedded_problems(40, 0)
-
-    def sample(policy, asked, k, config, *purpose):
-        seen.append((k, config.temperature, config.top_p))
-        for problem in asked:
-            i, right = problems.index(problem), policy.tokens(f"\\boxed{{{problem.gold}}}")
-            yield problem, [right] * (i % 3) + [right[:-1]] * (3 - i % 3)
-
-    monkeypatch.setattr(rlep, "train_step", lambda *given: seen.append(given[1].defaults) or 1 / 0)
-    monkeypatch.setattr(Policy, "sample", sample)
-    config = settings(tiny, out=str(tmp_path / "train"), k=3, eval_every=99, collect_k=5,
-                      collect_temperature=0.3, collect_top_p=0.4)
-    with pytest.raises(ZeroDivisionError):
-        rlep.train(config, problems, problems)
-    config.out = str(tmp_path / "collect")
-    rlep.collect(config, problems)
-    assert (seen[0], seen[1]["weight_decay"], seen[2]) == ((3, 1.0, 1.0), 0.1, (5, 0.3, 0.4))
-    pool = ExperiencePool.load(tmp_path / "collect/pool.jsonl")
-    assert len(pool) == 26 and [*pool.correct] == problems[2::3]
-
-
 # ---- Experience pool and data --------------------------------------------------------------------
 def pool_row(question, gold, *candidates):
     return {"data_source": "math", "prompt": chat(question), "ability": "MATH",
@@ -1140,7 +1098,7 @@ def test_pool(tmp_path):
     assert row["reward_model"] == {"ground_truth": "2", "style": "rule",
                                    "candidates": [*texts, texts[0]]} and "data_source" in row
     again = ExperiencePool.load(path)
-    assert again.correct == pool.correct and {problem.gold for problem in again.correct} == {"2", "4"}
+    assert again.correct == pool.correct and {p.gold for p in again.correct} == {"2", "4"}
     assert again.failed == {Problem("q", "2", system): ["\\boxed{3}"]}
 
 
@@ -1217,7 +1175,7 @@ def test_what_the_base_is_taught(tiny, tmp_path, monkeypatch):
     assert works[2] > 2 * works[3] > 2 * works[4]
 
 
-# ---- Evaluation and order of questions -----------------------------------------------------------
+# ---- Evaluation ----------------------------------------------------------------------------------
 def test_evaluation(policy, monkeypatch):
     """mean@k, its interval over questions, pass@k (unbiased), maj@k; every question, own gold."""
     correct = [[True, False, False, False], [True] * 4, [False] * 4]
@@ -1238,47 +1196,26 @@ def test_evaluation(policy, monkeypatch):
     assert (row["mean_at_k"], row["pass_at_k"], row["maj_at_k"]) == pytest.approx((1/2, 2/3, 2/3))
 
 
-def test_questions_of_a_step():
-    """An epoch visits each question at most once, the next in another order; the seed decides."""
-    problems = rlep.embedded_problems(7, 0)
-    steps = [rlep.questions_of_step(problems, 3, 0, step) for step in range(1, 9)]
-    epochs = [steps[i] + steps[i + 1] for i in (0, 2, 4, 6)]
-    assert all(len(epoch) == len(set(epoch)) == 6 for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4 and set(sum(epochs, [])) == set(problems)
-    assert steps[0] != rlep.questions_of_step(problems, 3, 1, 1)
-
-
 # ---- The verifier --------------------------------------------------------------------------------
 # Pairs of answers that are equal, and that are not, whichever of the two is the gold answer
 SAME = r"""
 17 ~ 17  ;; \frac{3}{8} ~ 0.375  ;; \dfrac{5}{4} ~ 1.25  ;; \tfrac25 ~ 2/5
 \frac{10}{15} ~ \frac23  ;; -\frac{7}{2} ~ -3.5  ;; \frac{-7}{2} ~ -3.5  ;; \frac 59 ~ 5/9
-\frac1{19} ~ \frac{1}{19}  ;; .6 ~ 0.60  ;; 017 ~ 17  ;; -0 ~ 0  ;; +9 ~ 9
 4\frac{1}{3} ~ \frac{13}{3}  ;; 2\frac35 ~ 2.6  ;; -1\frac{1}{8} ~ -\frac98  ;; 8,125 ~ 8125
 8{,}125 ~ 8125  ;; 8\,125\,000 ~ 8125000  ;; 8,\!125 ~ 8125  ;; 9,999.50 ~ 9999.5  ;; 36\% ~ 36
 36\text{ percent} ~ 36\%  ;; 1，3 ~ 1,3  ;; 50％ ~ 50\%  ;; \$45 ~ 45  ;; \$4,500 ~ 4500
 45\text{ dollars} ~ \$45  ;; £70 ~ 70  ;; 18 \text{ apples} ~ 18  ;; 18 \text{ zorbles} ~ 18
-18 apples ~ 18  ;; 26\text{ cm} ~ 26  ;; 26\mbox{ cm}^2 ~ 26  ;; 9.5\text{ m/s}^2 ~ 9.5
 7\ \text{km/h} ~ 7  ;; 1\text{ hour} ~ 1\text{ hours}  ;; 75^\circ ~ 75  ;; 75^{\circ} ~ 75°
-12\pi\text{ cm}^3 ~ 12\pi  ;; 6\times 10^4 ~ 60000  ;; 6 \cdot 10^{-2} ~ 0.06  ;; 1e7 ~ 10^7
-2.5e3 ~ 2500  ;; 3^{4} ~ 81  ;; 2^{-3} ~ \frac18  ;; 9^{30} ~ 3^{60}  ;; x=7 ~ 7  ;; 7 = x ~ 7
-x=y=5 ~ 5  ;; P(A) = \frac{2}{7} ~ \frac{2}{7}  ;; f(x)=3x+1 ~ 3x+1  ;; a + b = 19 ~ 19
 \angle PQR = 40^\circ ~ 40  ;; 2\sqrt{5} ~ \sqrt{20}  ;; \frac{\sqrt{8}}{2}\text{ cm} ~ \sqrt2
 \frac{1}{\sqrt{5}} ~ \frac{\sqrt5}{5}  ;; \sqrt[3]{6} ~ 6^{1/3}  ;; 2+\sqrt{7} ~ \sqrt7+2
 \frac{\sqrt3}2 ~ \frac{\sqrt{3}}{2}  ;; √11 ~ \sqrt{11}  ;; \frac{7\pi}{6} ~ 7π/6
-8+3\pi ~ 3 \pi + 8  ;; 4·π ~ 4\pi  ;; ½ ~ 0.5  ;; 3½ ~ \frac72  ;; 2³ ~ 8  ;; y²+4 ~ y^2+4
 ７ ~ 7  ;; −31 ~ -31  ;; 3x+5 ~ 5+3x  ;; n(n-1) ~ n^2-n  ;; (x+4)^2 ~ x^2+8x+16
-\frac{m}{3k} ~ m/(3k)  ;; \frac{u+1}{4} ~ (u+1)/4  ;; e^{3x} ~ e^{3 x}  ;; x_1+x_2 ~ x_{2}+x_{1}
-5-2i ~ -2i+5  ;; 2\sqrt{5}i ~ 2i\sqrt5  ;; y = 4 - 3x ~ y=-3x+4  ;; |x-8| ~ \left|x-8\right|
 2 \sin b ~ 2\sin{b}  ;; (4,-1) ~ \left( 4, -1 \right)  ;; (x,y)=(4,-1) ~ (4,-1)
 (0.5,3) ~ (\frac12,3)  ;; (1,2),(3,4) ~ (3,4),(1,2)  ;; [3,8) ~ [3, 8)
 (-\infty,\frac12] ~ (-\infty,0.5]  ;; (1,\infty)\cup(-3,0) ~ (-3,0)\cup (1,\infty)
-x\in(2,9) ~ (2,9)  ;; \infty ~ +\infty  ;; \{3,6\} ~ 6,3
 \left\{\frac12, 4\right\} ~ \{4, 0.5\}  ;; \pm 6 ~ 6,-6  ;; x=\pm 6 ~ -6,6
 2\pm\sqrt3 ~ 2-\sqrt{3}, 2+\sqrt{3}  ;; 4 \text{ or } 9 ~ 9,4  ;; 4, 6, \text{ and } 9 ~ 9,6,4
-x=4 \text{ or } x=9 ~ 4,9  ;; 2;8 ~ 8,2
 \begin{pmatrix}1\\-4\end{pmatrix} ~ \begin{pmatrix} 1.0 \\ -4 \end{pmatrix}
-\begin{pmatrix}1&2\\3&4\end{pmatrix} ~ \begin{pmatrix}1&2\\3&\frac82\end{pmatrix}
 \text{Tuesday} ~ Tuesday  ;; \text{EVEN} ~ even  ;; \text{no} ~ no  ;; \text{(B)} ~ B
 (D) ~ \textbf{D}  ;; 312_{5} ~ 312_5  ;; 7:30 ~ 7 : 30
 """.replace("\n", "  ;; ").strip(" ;").split("  ;; ")
@@ -1286,18 +1223,14 @@ DIFFERENT = r"""
 17 ~ 71  ;; 5\ 6 ~ 56  ;; 5 6 ~ 30  ;; \infty-\infty ~ 0  ;; CAB ~ ACB  ;; on ~ no
 5\text{ at most} ~ 5  ;; 5\text{ below zero} ~ 5  ;; 5\text{ tenths} ~ 5  ;; 5\text{ million} ~ 5
 5\text{ dozen} ~ 5  ;; 5\text{ over 7} ~ 5  ;; 5... ~ 5
-5\text{ and a half} ~ 5  ;; 5\text{ squared} ~ 5  ;; 5\text{ hundred} ~ 5
 \sqrt{10^{40}+1} ~ 10^{20}  ;; 10^{15}+1 ~ 10^{15}+\sqrt2  ;; 0.33 ~ \frac13  ;; 3.14 ~ \pi
 1.41 ~ \sqrt2  ;; 0.3333333333333333 ~ \frac13  ;; 36\% ~ -36\%  ;; 50 ~ 0.5
 26\text{ cm} ~ 26\text{ km}  ;; \$18 ~ 18\text{ cents}  ;; 12^2\text{ cm} ~ 12
-\text{5 feet 7 inches} ~ 5  ;; 12\text{ hours }30\text{ minutes} ~ 12  ;; 81,25 ~ 8125
 (8,125) ~ 8125  ;; 8.125 ~ 8125  ;; 1,2 ~ 12  ;; 1,00 ~ 100  ;; 3\frac12 ~ \frac32
 3\cdot\frac12 ~ 3\frac12  ;; 2^3 ~ 23  ;; 2³ ~ 23  ;; ^{1}2 ~ 12  ;; \frac{1}{2} ~ \frac{2}{1}
 2\sqrt3 ~ \sqrt{23}  ;; \sqrt{4+9} ~ \sqrt4+\sqrt9  ;; 6x ~ 6  ;; 6xyz ~ 6  ;; x=5y ~ 5
-5x=1 ~ 5  ;; 13=12 ~ 12  ;; x ~ y  ;; k=3,n=8 ~ k=8,n=3  ;; \sin a\cos b ~ \sin b\cos a
 |x| ~ x  ;; nn+1 ~ n(n+1)  ;; 2(x+4) ~ 2x+4  ;; (4,1) ~ (1,4)  ;; \{1,2\} ~ (1,2)
 (1,2) ~ [1,2]  ;; (1,2,3) ~ (1,2)  ;; [2,5) ~ [2,5]  ;; x\le 4 ~ x\ge 4  ;; 3,3 ~ 3,-3
-1,1,2 ~ 1,2,2  ;; 3 ~ 3,4  ;; \pm 3 ~ 3
 \begin{pmatrix}1&2\\3&4\end{pmatrix} ~ \begin{pmatrix}1&2&3&4\end{pmatrix}  ;; 12\\13 ~ 12
 312_5 ~ 312_6  ;; 204_5 ~ 2045  ;; \text{no solution} ~ 0  ;; \text{Monday} ~ \text{Sunday}
 \text{not }12 ~ 12  ;; 3:4 ~ 3.4  ;; \frac50 ~ 0  ;; 5- ~ 5  ;; __import__('os') ~ 1
@@ -1337,45 +1270,6 @@ def test_extraction(response, gold, expected):
     assert verify(response, gold) is expected
 
 
-def test_each_layer_can_be_printed():
-    answer = extract_answer(r"so it is \boxed{\frac{\sqrt{8}}{2}\text{ cm}}.")
-    assert answer == r"\frac{\sqrt{8}}{2}\text{ cm}"
-    assert plain_formula(answer) == '(((8^(1/2)))/2)*"cm"'
-    assert extract_answer("no result") is None and extract_answer(None) is None
-
-
-def spellings(kind, n, d, k):
-    """Notations of one value."""
-    return {"rational": [f"{n}/{d}", rf"\frac{{{n}}}{{{d}}}", rf"\dfrac{{{3 * n}}}{{{3 * d}}}",
-                         str(n / d), rf"x = \tfrac{{{n}}}{{{d}}}", rf"{n / d}0\text{{ cm}}",
-                         rf"\left({n}/{d}\right)"],
-            "mixed": [rf"{n}\frac{{1}}{{{d}}}", rf"\frac{{{n * d + 1}}}{{{d}}}", str(n + 1 / d)],
-            "tuple": [f"({n},{d})", rf"\left( {n} , {d} \right)", f"(x,y)=({n}.0, {d})"],
-            "set": [rf"\{{{n},-{d}\}}", f"-{d}, {n}", rf"{n} \text{{ and }} -{d}"],
-            "surd": [rf"{n}\sqrt{{{k}}}", rf"\sqrt{{{n * n * k}}}",
-                     rf"\frac{{{n * k}}}{{\sqrt{k}}}"]}[kind]
-
-
-@pytest.mark.parametrize("kind", ["rational", "mixed", "tuple", "set", "surd"])
-def test_random_round_trips(kind):
-    rng = random.Random(12)
-    for _ in range(40):
-        n, d, k = rng.randint(2, 99), rng.choice([2, 4, 5, 8]), rng.choice([2, 3, 5, 7])
-        same, other = spellings(kind, n, d, k), spellings(kind, n + rng.choice([1, 10, 100]), d, k)
-        for left in same:
-            assert all(verify(rf"\boxed{{{left}}}", right) for right in same), left
-            assert not any(verify(rf"\boxed{{{left}}}", right) for right in other), left
-
-
-@pytest.mark.parametrize("gold", [
-    "72", "1,250", "27.0", "-8192", r"\frac{416}{27}", r"33\sqrt{30}", r"\$20", "5x^2-2x+7",
-    r"(2,\frac{\pi}{2})", r"\text{Navin}", r"[-2,5)\cup(6,\infty)", "x=4", r"70\%", "1+274i"])
-def test_golds_against_themselves(gold):
-    for text in (gold, rf"\displaystyle {gold}", gold.replace(r"\frac", r"\dfrac"), f" {gold} ",
-                 gold.replace("(", r"\left(") if ")" in gold else gold):
-        assert verify(rf"\[ \boxed{{{text}}} \]", gold), text
-
-
 HOSTILE = ["(" * 400, r"\frac{1}{" * 90, "9^" * 300 + "9", "9" * 900, "1e999999",
            "10^{10^{10}}", "0^{-1}", r"\sqrt[0]{6}", "().__class__", "\ud800", "\x00", "nan",
            r"\pm" * 200, "1," * 400, "-" * 900,
@@ -1388,20 +1282,6 @@ def test_hostile_input_is_false_fast_and_never_raises(text):
         start = time.perf_counter()
         assert verify(response, "5") is False and verify(r"\boxed{5}", text) is False
         assert time.perf_counter() - start < 1
-
-
-@pytest.mark.parametrize("unit", ["1,", "x+", "(", "9", r"\frac", r"\text{a}", r"\boxed{1} and "])
-def test_time_is_linear(unit):
-    def best(size):
-        response, times = r"\boxed{" + unit * (size // len(unit)) + "5}", []
-        for _ in range(9):
-            start = time.process_time()
-            verify(response, "7+x,8")
-            times.append(time.process_time() - start)
-        return min(times)
-
-    assert best(800) < 8 * best(200) + 1e-3  # quadratic work would take 16 times as long
-    assert best(1_600_000) < 4 * best(800_000) + 5e-3
 
 
 # ---- The README and the benchmark ----------------------------------------------------------------
