@@ -132,6 +132,8 @@ def blame(message: str):
     """Turns whatever goes wrong inside into a UserError: the message, and the error in brackets."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # damaged files and foreign models can raise nearly anything
         raise UserError(f"{message} ({str(error)[:200]})") from None
 
@@ -246,7 +248,7 @@ class Policy:
 
     def sample(self, problems: list[Problem], k: int, config: Config, *purpose):
         """Yields (problem, k responses), sampled --sample_rows at a time, but at least one group.
-        The random numbers of an answer follow from seed, purpose, question and k alone."""
+        Random numbers follow from seed, purpose (such as "rollout", step), question and k alone."""
         for mine, trained in zip(self.sampler.parameters(), self.model.parameters()):
             if mine is not trained:  # in fp32 it is; buffers, such as rotary angles, stay fp32
                 mine.data = trained.data.bfloat16()
@@ -261,7 +263,7 @@ class Policy:
 
     def logprobs(self, answers: list[Answer], temperature: float) -> tuple[Tensor, Tensor]:
         """response_logprobs of answers (n, t) with its mask, in the arithmetic of the update."""
-        self.model.train()  # there is no dropout, but only so gradients are checkpointed
+        self.model.train()  # only switches gradient checkpointing on: dropout is 0
         with self.autocast:
             return response_logprobs(self.model, [a.prompt for a in answers],
                                      [a.response for a in answers], temperature=temperature)
@@ -327,7 +329,7 @@ class ExperiencePool:
             with blame(f"{where}: reward_model.candidates must be a list of texts"):
                 failed = row.get("extra_info", {}).get("failed", [])
                 for text in row["reward_model"]["candidates"] + failed:
-                    pool.add(problem.question, problem.gold, text + "", problem.chat)
+                    pool.add(problem.question, problem.gold, text + "", problem.chat)  # a text
         return pool
 
 
@@ -373,11 +375,11 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
         token = tokens[alive, t] = sample_tokens(logits, uniform[t, alive], temperature, top_p)
         done |= torch.isin(token, ends)
         if t % 4 == 3:  # not at every token: to look at done, the CPU has to wait for a GPU
-            left = (~done).nonzero()[:, 0]
-            if len(left) < 0.8 * len(alive):
-                cache.batch_select_indices(left)
-                alive, token, done = alive[left], token[left], done[left]
-                visible, position = visible[left], position[left]
+            keep = (~done).nonzero()[:, 0]
+            if len(keep) < 0.8 * len(alive):
+                cache.batch_select_indices(keep)
+                alive, token, done = alive[keep], token[keep], done[keep]
+                visible, position = visible[keep], position[keep]
         if len(alive) == 0 or t + 1 == max_new_tokens:
             break
         visible = torch.cat([visible, visible.new_ones(len(visible), 1)], 1)
@@ -387,7 +389,7 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
     answers = []
     for row, ended in zip(tokens.tolist(), torch.isin(tokens, ends).tolist()):
         length = ended.index(True) + 1 if True in ended else max_new_tokens
-        answers.append(row[:length])  # what follows was drawn until the row left
+        answers.append(row[:length])  # what follows was drawn before the answer left the batch
     return [answers[i:i + group_size] for i in range(0, len(answers), group_size)]
 
 
@@ -603,7 +605,7 @@ def evaluate(policy: Policy, problems: list[Problem], config: Config, title: str
 
 # ---- The phases ----------------------------------------------------------------------------------
 def train(config: Config, problems: list[Problem], held_out: list[Problem]) -> dict:
-    """One arm from the base model: RLEP with --pool, vanilla RL without. Step 0 only evaluates.
+    """One arm from the base model: RLEP with --pool, vanilla RL without. Step 0 is the base itself.
     Leaves OUT/policy and OUT/summary.json, which is returned."""
     out = Path(config.out)
     if summary := open_folder("train", config):
@@ -656,15 +658,15 @@ def questions_of_step(problems: list[Problem], size: int, seed: int, step: int) 
 
 
 def load_replays(policy: Policy, problems, config: Config) -> tuple[ExperiencePool, float]:
-    """The answers of --pool to training questions, if they are right by the gold there and not too
-    long; and the tokens that the pool cost, its policy's training included (NaN: not known)."""
+    """The answers of --pool to training questions that are not too long, verified by the training
+    file's gold; and the tokens that the pool cost, with its policy's training (NaN: not known)."""
     stored, pool = ExperiencePool.load(config.pool), ExperiencePool()
     for problem in problems:
         for text in stored.correct.get(problem, []) + stored.failed.get(problem, []):
             if len(policy.tokens(text)) <= config.max_new_tokens:
                 pool.add(problem.question, problem.gold, text, problem.chat)
-    print(f"{config.pool}: {len(pool)} answers to {len(pool.correct)} of {len(problems)} questions,"
-          f" {len(stored) - len(pool)} left out: too long, wrong, or to other questions")
+    print(f"{config.pool}: {len(pool)} of {len(stored)} answers serve, {len(pool.correct)} of "
+          f"{len(problems)} questions (others are too long, wrong or to other questions)")
     if not pool.correct:
         raise UserError(f"{config.pool}: no answer to a question of the --data; give its own")
     costs = saved_rows(Path(config.pool).parent / "summary.json") or [{}]
@@ -750,7 +752,7 @@ def row_to_problem(row: dict, where: str) -> Problem:
     if isinstance(question, str):
         question = [{"role": "user", "content": f"{question.strip()}\n{BOXED}"}]
     with blame(f"{where}: no question; give question, problem or prompt: a text, or a chat list"):
-        chat = [(message["role"].strip(), message["content"] + "") for message in question]
+        chat = [(message["role"] + "", message["content"] + "") for message in question]  # texts
         text = chat.pop()[1]
         assert text.strip(), "it is empty"
     gold = ""
@@ -774,14 +776,15 @@ def load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
         return list(dict.fromkeys(row_to_problem(row, where) for where, row in read_rows(path)))
 
     size = config.eval_size
-    embedded = embedded_problems((config.train_size or 512) + size, seed=0)
-    problems = read(config.data) if config.data else embedded
-    if config.eval_data:
-        held_out = read(config.eval_data)[:size]
+    if config.data:
+        problems = read(config.data)
     else:
-        problems, held_out = problems[:-size], problems[-size:]
+        problems = embedded_problems((config.train_size or 512) + size, seed=0)
+    held_out = read(config.eval_data)[:size] if config.eval_data else problems[-size:]
+    if not (config.data and config.eval_data):
+        problems = problems[:-size]
     if not problems or not held_out:
-        raise UserError(f"{config.data} {config.eval_data}: no problems for training or evaluation")
+        raise UserError(f"{config.data} {config.eval_data}: too few problems; lower --eval_size")
     return problems[:config.train_size or None], held_out
 
 
@@ -789,7 +792,7 @@ def load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
 def embedded_problems(number: int, seed: int) -> list[Problem]:
     """Sums of 2, 3 or 4 products modulo 10, in turn, such as "3*7+9*4 mod 10 = " with gold 7."""
     rng, problems = random.Random(seed), {}
-    while len(problems) < number:
+    while len(problems) < min(number, 25_000):  # there are 10,000 sums of two products
         pairs = [(rng.randrange(10), rng.randrange(10)) for _ in range(2 + len(problems) % 3)]
         question = "+".join(f"{a}*{b}" for a, b in pairs) + " mod 10 = "
         problems[question] = Problem(question, str(sum(a * b for a, b in pairs) % 10))
@@ -867,7 +870,7 @@ def make_base(config: Config, folder: Path) -> str:
 # \boxed{\frac{\sqrt{8}}{2}\text{ cm}} against \sqrt2. Names and units go if one side has none.
 #   extract_answer: the last box or what is announced     6+0          \frac{\sqrt{8}}{2}\text{ cm}
 #   plain_formula: TeX becomes + - * / ^ and "units"      6+0          (((8^(1/2)))/2)*"cm"
-#   only_restates: is it still to be worked out?          yes: False   no: 3 signs; \sqrt2 has 2
+#   only_restates: is it still to be worked out?          yes: False   no (3 signs, \sqrt2 has 2)
 #   answer_value: what can be compared                                 1.4142135624 twice: True
 LITERALS = dict(pair.split("→") for pair in r"""
     \dfrac→\frac \tfrac→\frac \cfrac→\frac ½→\frac12 √→\sqrt \times→* \cdot→* ×→* ·→* \div→/ ÷→/
@@ -910,7 +913,7 @@ def verify(response: str, gold: str) -> bool:
     try:
         answer = extract_answer(response)
         gold = extract_answer(gold) if "####" in gold or "\\boxed" in gold else gold
-        if len(answer) + len(gold) > 1000:
+        if len(answer) + len(gold) > 1000 or answer == gold:
             return answer == gold
         answer, gold = plain_formula(answer), plain_formula(gold)
         for label in (NAME, UNIT):  # may be missing on one side
@@ -1047,7 +1050,7 @@ def saved_rows(path: Path) -> list[dict]:
 
 def open_folder(command: str, config: Config) -> dict:
     """Makes a run's folder, or goes on with it; returns its summary, {} if it is unfinished. Raises
-    UserError if it holds anything else, or results with other settings; paths may move."""
+    UserError if it holds anything else, or results with other settings."""
     out, settings = Path(config.out), {"command": command, **asdict(config)}
     out.mkdir(parents=True, exist_ok=True)
     found = {file.name for file in out.iterdir()} - {"lock", "config.json.partial"}
@@ -1065,10 +1068,14 @@ def open_folder(command: str, config: Config) -> dict:
         free |= {"replays", "replay_failed", "sft_steps"}
     if found & {"metrics.jsonl", "collected.jsonl", "base", "vanilla"}:
         for name in set(settings) - free:
-            if Path(str(old[name])).name != Path(str(settings[name])).name:
-                raise UserError(f"{out}: was run with --{name} {old[name]}; give another --out")
+            then = str(old[name])
+            moved = then.replace(str(Path(old["out"]).parent), str(out.parent), 1)
+            if str(settings[name]) not in (then, moved):  # the folder may have moved
+                raise UserError(f"{out}: was run with --{name} {then}; give another --out")
     write_rows(out / "config.json", [settings])
-    return {} if command == "run" else (saved_rows(out / "summary.json") or [{}])[0]
+    summary = (saved_rows(out / "summary.json") or [{}])[0]
+    print(f"{out}: " + ("is finished" if summary else "is under way"))
+    return summary
 
 
 # ---- Comparing runs ------------------------------------------------------------------------------
@@ -1093,8 +1100,8 @@ def compare(runs: list[Path], out: Path) -> str:
     base = next((arms[name] for name in arms if name.startswith("vanilla RL")), {})
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
-    lines = ["| arm (seeds) | mean@k, % | minus vanilla RL | steps to its peak | pass@k, % "
-             "| million tokens |", "|---" * 6 + "|"]
+    lines = ["| arm (seeds) | mean@k, % | minus vanilla RL | steps to its peak (its: 1) "
+             "| pass@k, % | million tokens |", "|---" * 6 + "|"]
     for name, seeds in arms.items():
         curves = [dict(summary["curve"]) for summary in seeds.values()]
         steps = [step for step in curves[0] if all(step in curve for curve in curves)]
@@ -1109,6 +1116,7 @@ def compare(runs: list[Path], out: Path) -> str:
             reached = [step for step, value in seeds[seed]["curve"] if value >= peak]
             first = [step for step, value in base[seed]["curve"] if value >= peak][0]
             ratios += [reached[0] / max(1, first)] if reached else []
+        ratios = ratios if len(ratios) == len(gains) else []  # a seed may never reach it
         columns = [[100 * summary["mean_at_k"] for summary in seeds.values()], gains, ratios,
                    [100 * summary["pass_at_k"] for summary in seeds.values()],
                    [summary["tokens"] / 1e6 for summary in seeds.values()]]
@@ -1149,7 +1157,7 @@ def parse(argv: list[str]) -> tuple[str, list[Path], Config]:
     config = Config(**values)
     if (command == "plot") != bool(runs):
         parser.error("plot, and only plot, takes folders of finished runs")
-    if bool(config.pool) > (command == "train") or config.sft_steps and not config.pool:
+    if config.pool and command != "train" or config.sft_steps and not config.pool:
         parser.error("--pool: for train, and needed with --sft_steps")
     if command in ("collect", "eval") and not config.model:
         parser.error(f"{command}: needs --model, the policy to ask")
@@ -1177,12 +1185,12 @@ def main(argv: list[str] | None = None) -> int:
         else:
             evaluate(Policy(config, held_out), held_out, config, config.model)
         return 0
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ImportError) as error:
         message, status = "error: " + " ".join(str(error).split()), 2
     except torch.OutOfMemoryError:
         message, status = "error: out of memory; lower --sample_rows and --micro_tokens", 2
     except KeyboardInterrupt:
-        message, status = "stopped; the same command goes on from the last checkpoint", 130
+        message, status = "stopped; the same command goes on from what is saved", 130
     print("rlep.py:", message, file=sys.stderr)
     return status
 

@@ -309,7 +309,7 @@ def test_moved_run_goes_on_and_plot(finished, trained, data, tmp_path, capsys, m
     assert "nan" not in table and Path("picture/curves.png").exists()
     assert "arm and seed" in error(["plot", "../a/run", finished])
     (tmp_path / "a/run/vanilla/summary.json").unlink()
-    assert "run/vanilla" in error(["plot", "../a/run"])  # not finished
+    assert "run/vanilla" in error(["plot", "../a/run"])
 
 
 def test_controls(finished, data, tmp_path):
@@ -325,15 +325,10 @@ def test_controls(finished, data, tmp_path):
     assert object_of(tmp_path / "failed/summary.json")["arm"] == "RLEP, M = 2, M failed"
 
 
-def test_other_ways_to_train(tiny, trained, words, tmp_path):
-    """Without a chat template; and with gradient checkpointing, to the same policy."""
+def test_without_a_chat_template(tiny, words, tmp_path):
     shutil.copytree(tiny, tmp_path / "plain")
     (tmp_path / "plain/chat_template.jinja").unlink()
-    assert main(words(tmp_path / "a", "--steps", 1, "--model", tmp_path / "plain")) == 0
-    assert main(words(tmp_path / "b", "--steps", 6, "--gradient_checkpointing")) == 0
-    ours, theirs = (torch.load(x / "checkpoint.pt", weights_only=True)["model"]
-                    for x in (tmp_path / "b", trained))
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
+    assert main(words(tmp_path / "run", "--steps", 1, "--model", tmp_path / "plain")) == 0
 
 
 @pytest.mark.parametrize("arm", ["vanilla", "rlep"])
@@ -494,7 +489,7 @@ def test_flags_that_may_change(interrupted, finished, words, data, tmp_path, mon
     ("learning_rate", 0.5), ("group_size", 5), ("clip_high", 0.1), ("data", ""),
     ("pool", "POOL"), ("model", "OTHER")])
 def test_another_setting_is_refused(name, value, interrupted, finished, words, tmp_path, error):
-    """The line names what differs, paths by their last part; nothing is changed."""
+    """The line names what differs; nothing is changed."""
     shutil.copytree(interrupted, tmp_path / "run")
     if name == "data":
         value = tmp_path / "other.jsonl"
@@ -553,8 +548,8 @@ def test_full_disk(what, limit, interrupted, trained, words, start, tmp_path):
 # ---- Folders of others ---------------------------------------------------------------------------
 @pytest.mark.parametrize("content", [
     {"config.json": '{"compilerOptions": {"strict": true}}', "src.js": "alert(1)"},
-    {"config.json": "{}"}, {"config.json": "[]"}, {"config.json": "{}\n{}"},
-    {"config.json": "\udcff"}, {"notes.txt": "mine"}, "model", "inside", "file"])
+    {"config.json": "{}"}, {"config.json": "\udcff"}, {"notes.txt": "mine"}, "model", "inside",
+    "file"])
 def test_folders_of_others_are_not_touched(content, tiny, words, tmp_path, error):
     """A JavaScript project, a model, a file: refused in a line, not a byte changed."""
     out, more = tmp_path / "mine", []
@@ -1111,7 +1106,7 @@ def test_replays(policy, tmp_path, capsys):
     config.max_new_tokens = 5
     pool, tokens = rlep.load_replays(policy, problems, config)
     assert pool.correct == {problems[0]: ["\\boxed{5}"], problems[1]: ["\\boxed{3}"]}
-    assert "2 answers to 2 of 2 questions, 2 left out" in capsys.readouterr().out
+    assert "2 of 4 answers serve, 2 of 2 questions" in capsys.readouterr().out
     assert math.isnan(tokens) and pool.failed == {problems[1]: ["\\boxed{2}"]}
 
 
