@@ -1,7 +1,5 @@
 """Tests of rlep.py: the real path, the algorithm against slow and obvious code, the verifier.
-
-Nothing is downloaded. `python test_rlep.py bench --help` measures the speed of a step.
-"""
+Nothing is downloaded. `python test_rlep.py bench --help` measures the speed of a step."""
 # SPDX-License-Identifier: MIT
 import argparse
 import copy
@@ -289,27 +287,23 @@ def test_collection_has_its_own_sampling_and_rules(tiny, data, tmp_path, monkeyp
 
 
 def test_moved_run_goes_on_and_plot(finished, trained, data, tmp_path, capsys, monkeypatch, error):
-    """A relative folder, plotted from another one: seeds are grouped, tokens counted."""
+    """A relative folder, then plotted: seeds are grouped, tokens counted."""
     shutil.copytree(finished, tmp_path / "a/run")
     for name in ("rlep/summary.json", "rlep/policy/model.safetensors", "summary.json"):
         (tmp_path / "a/run" / name).unlink()
     monkeypatch.chdir(tmp_path / "a")
     assert main(["run", *RUN, *data, "--out", "run"]) == 0
     assert result_of("run") == result_of(finished)
-    (tmp_path / "b").mkdir()
-    monkeypatch.chdir(tmp_path / "b")
     capsys.readouterr()
-    assert main(["plot", "../a/run", str(trained), "--out", "picture"]) == 0
-    table = capsys.readouterr().out
-    arms = {arm: object_of(finished / arm / "summary.json") for arm in ("vanilla", "rlep")}
-    tokens = arms["rlep"]["tokens"] / 1e6
+    assert main(["plot", "run", str(trained), "--out", "picture"]) == 0
+    table, tokens = capsys.readouterr().out, object_of("run/rlep/summary.json")["tokens"] / 1e6
     assert re.search(rf"RLEP, M = 2, 6 steps \(1\) .* {tokens:.2f} ± 0.00 \|", table)
-    means = [arms["vanilla"]["mean_at_k"], object_of(trained / "summary.json")["mean_at_k"]]
+    means = [object_of(x / "summary.json")["mean_at_k"] for x in (finished / "vanilla", trained)]
     assert f"vanilla RL, 6 steps (2) | {50 * sum(means):.2f} ± " in table
     assert "nan" not in table and Path("picture/curves.png").exists()
-    assert "arm and seed" in error(["plot", "../a/run", finished])
-    (tmp_path / "a/run/vanilla/summary.json").unlink()
-    assert "run/vanilla" in error(["plot", "../a/run"])
+    assert "arm and seed" in error(["plot", "run", finished])
+    Path("run/vanilla/summary.json").unlink()
+    assert "run/vanilla" in error(["plot", "run"])
 
 
 def test_controls(finished, data, tmp_path):
@@ -323,12 +317,6 @@ def test_controls(finished, data, tmp_path):
     assert sft[0]["mean_at_k"] > plain[0]["mean_at_k"] + 0.2 and sft[1]["replays"] == 0
     assert plain[1]["replays"] < failed[1]["replays"] <= 16
     assert object_of(tmp_path / "failed/summary.json")["arm"] == "RLEP, M = 2, M failed"
-
-
-def test_without_a_chat_template(tiny, words, tmp_path):
-    shutil.copytree(tiny, tmp_path / "plain")
-    (tmp_path / "plain/chat_template.jinja").unlink()
-    assert main(words(tmp_path / "run", "--steps", 1, "--model", tmp_path / "plain")) == 0
 
 
 @pytest.mark.parametrize("arm", ["vanilla", "rlep"])
@@ -545,7 +533,6 @@ def test_full_disk(what, limit, interrupted, trained, words, start, tmp_path):
     assert main(command) == 0 and result_of(tmp_path / "run") == result_of(trained)
 
 
-# ---- Folders of others ---------------------------------------------------------------------------
 @pytest.mark.parametrize("content", [
     {"config.json": '{"compilerOptions": {"strict": true}}', "src.js": "alert(1)"},
     {"config.json": "{}"}, {"config.json": "\udcff"}, {"notes.txt": "mine"}, "model", "inside",
@@ -711,7 +698,6 @@ def test_bad_models_are_refused(kind, settings, model_folder, words, tmp_path, e
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-# ---- The algorithm -------------------------------------------------------------------------------
 def make_model(kind="Llama", vocabulary=40, **changes):
     """A random model with sharp predictions, so that a wrong position or mask shows."""
     torch.manual_seed(0)
@@ -747,10 +733,6 @@ def gradients(model):
     return torch.cat([weight.grad.flatten().double() for weight in model.parameters()])
 
 
-def relative(a, b):
-    return float((a - b).norm() / b.norm())
-
-
 def keep_gradients(model):
     """An optimizer that changes nothing at rate 0, and the list of gradients that it was given."""
     kept, optimizer = [], torch.optim.SGD(model.parameters())
@@ -758,7 +740,6 @@ def keep_gradients(model):
     return optimizer, kept
 
 
-# ---- Rewards, advantages, loss -------------------------------------------------------------------
 def test_advantages():
     """By hand, with the paper's two replayed successes; exactly 0; against a slow loop."""
     rewards, ids = torch.tensor([-1.0] * 16 + [1.0] * 2), torch.zeros(18, dtype=torch.long)
@@ -836,7 +817,7 @@ def test_update_equals_a_slow_loop(kind, vocabulary, changes, policy, monkeypatc
     for config.micro_tokens, number in ((1, 7), (23, 4), (40, 2), (56, 2), (57, 1)):
         batches.clear()
         stats = rlep.update_policy(policy, optimizer, answers, config, 0.0)
-        assert relative(kept[-1] * gradient.norm(), gradient) < 1e-4  # its norm is scaled to 1
+        assert (kept[-1] - gradient / gradient.norm()).norm() < 1e-4  # its norm is scaled to 1
         assert stats["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-5)
         assert stats["loss"] == pytest.approx(loss.item(), abs=2e-5) and stats["skipped"] == 0
         assert stats["clip_low"] > 0 and stats["clip_high"] > 0
@@ -942,7 +923,7 @@ def test_loading(tiny, tmp_path):
             rlep.update_policy(policy, optimizer, mini_batch(20), settings(""), 0.0)
         assert torch.equal(*kept) and policy.model.is_gradient_checkpointing == checkpointing
         found.append(kept[0])
-    assert relative(*found) < 1e-6
+    assert torch.allclose(*found, rtol=1e-6, atol=1e-6 * found[0].abs().max().item())
     AutoConfig.from_pretrained(tiny, num_hidden_layers=4).save_pretrained(folder)
     with pytest.raises(UserError, match="missing"):
         load(folder)
@@ -1170,7 +1151,6 @@ def test_what_the_base_is_taught(tiny, tmp_path, monkeypatch):
     assert works[2] > 2 * works[3] > 2 * works[4]
 
 
-# ---- Evaluation ----------------------------------------------------------------------------------
 def test_evaluation(policy, monkeypatch):
     """mean@k, its interval over questions, pass@k (unbiased), maj@k; every question, own gold."""
     correct = [[True, False, False, False], [True] * 4, [False] * 4]
@@ -1194,16 +1174,12 @@ def test_evaluation(policy, monkeypatch):
 # ---- The verifier --------------------------------------------------------------------------------
 # Pairs of answers that are equal, and that are not, whichever of the two is the gold answer
 SAME = r"""
-17 ~ 17  ;; \frac{3}{8} ~ 0.375  ;; \dfrac{5}{4} ~ 1.25  ;; \tfrac25 ~ 2/5
-\frac{10}{15} ~ \frac23  ;; -\frac{7}{2} ~ -3.5  ;; \frac{-7}{2} ~ -3.5  ;; \frac 59 ~ 5/9
-4\frac{1}{3} ~ \frac{13}{3}  ;; 2\frac35 ~ 2.6  ;; -1\frac{1}{8} ~ -\frac98  ;; 8,125 ~ 8125
 8{,}125 ~ 8125  ;; 8\,125\,000 ~ 8125000  ;; 8,\!125 ~ 8125  ;; 9,999.50 ~ 9999.5  ;; 36\% ~ 36
+17 ~ 17  ;; \frac{3}{8} ~ 0.375  ;; \dfrac{5}{4} ~ 1.25  ;; \tfrac25 ~ 2/5
+4\frac{1}{3} ~ \frac{13}{3}  ;; 2\frac35 ~ 2.6  ;; -1\frac{1}{8} ~ -\frac98  ;; 8,125 ~ 8125
 36\text{ percent} ~ 36\%  ;; 1，3 ~ 1,3  ;; 50％ ~ 50\%  ;; \$45 ~ 45  ;; \$4,500 ~ 4500
-45\text{ dollars} ~ \$45  ;; £70 ~ 70  ;; 18 \text{ apples} ~ 18  ;; 18 \text{ zorbles} ~ 18
 7\ \text{km/h} ~ 7  ;; 1\text{ hour} ~ 1\text{ hours}  ;; 75^\circ ~ 75  ;; 75^{\circ} ~ 75°
-\angle PQR = 40^\circ ~ 40  ;; 2\sqrt{5} ~ \sqrt{20}  ;; \frac{\sqrt{8}}{2}\text{ cm} ~ \sqrt2
 \frac{1}{\sqrt{5}} ~ \frac{\sqrt5}{5}  ;; \sqrt[3]{6} ~ 6^{1/3}  ;; 2+\sqrt{7} ~ \sqrt7+2
-\frac{\sqrt3}2 ~ \frac{\sqrt{3}}{2}  ;; √11 ~ \sqrt{11}  ;; \frac{7\pi}{6} ~ 7π/6
 ７ ~ 7  ;; −31 ~ -31  ;; 3x+5 ~ 5+3x  ;; n(n-1) ~ n^2-n  ;; (x+4)^2 ~ x^2+8x+16
 2 \sin b ~ 2\sin{b}  ;; (4,-1) ~ \left( 4, -1 \right)  ;; (x,y)=(4,-1) ~ (4,-1)
 (0.5,3) ~ (\frac12,3)  ;; (1,2),(3,4) ~ (3,4),(1,2)  ;; [3,8) ~ [3, 8)
@@ -1215,19 +1191,15 @@ SAME = r"""
 (D) ~ \textbf{D}  ;; 312_{5} ~ 312_5  ;; 7:30 ~ 7 : 30
 """.replace("\n", "  ;; ").strip(" ;").split("  ;; ")
 DIFFERENT = r"""
-17 ~ 71  ;; 5\ 6 ~ 56  ;; 5 6 ~ 30  ;; \infty-\infty ~ 0  ;; CAB ~ ACB  ;; on ~ no
 5\text{ at most} ~ 5  ;; 5\text{ below zero} ~ 5  ;; 5\text{ tenths} ~ 5  ;; 5\text{ million} ~ 5
+17 ~ 71  ;; 5\ 6 ~ 56  ;; 5 6 ~ 30  ;; \infty-\infty ~ 0  ;; CAB ~ ACB  ;; on ~ no
 5\text{ dozen} ~ 5  ;; 5\text{ over 7} ~ 5  ;; 5... ~ 5
 \sqrt{10^{40}+1} ~ 10^{20}  ;; 10^{15}+1 ~ 10^{15}+\sqrt2  ;; 0.33 ~ \frac13  ;; 3.14 ~ \pi
-1.41 ~ \sqrt2  ;; 0.3333333333333333 ~ \frac13  ;; 36\% ~ -36\%  ;; 50 ~ 0.5
 26\text{ cm} ~ 26\text{ km}  ;; \$18 ~ 18\text{ cents}  ;; 12^2\text{ cm} ~ 12
-(8,125) ~ 8125  ;; 8.125 ~ 8125  ;; 1,2 ~ 12  ;; 1,00 ~ 100  ;; 3\frac12 ~ \frac32
 3\cdot\frac12 ~ 3\frac12  ;; 2^3 ~ 23  ;; 2³ ~ 23  ;; ^{1}2 ~ 12  ;; \frac{1}{2} ~ \frac{2}{1}
 2\sqrt3 ~ \sqrt{23}  ;; \sqrt{4+9} ~ \sqrt4+\sqrt9  ;; 6x ~ 6  ;; 6xyz ~ 6  ;; x=5y ~ 5
-|x| ~ x  ;; nn+1 ~ n(n+1)  ;; 2(x+4) ~ 2x+4  ;; (4,1) ~ (1,4)  ;; \{1,2\} ~ (1,2)
 (1,2) ~ [1,2]  ;; (1,2,3) ~ (1,2)  ;; [2,5) ~ [2,5]  ;; x\le 4 ~ x\ge 4  ;; 3,3 ~ 3,-3
 \begin{pmatrix}1&2\\3&4\end{pmatrix} ~ \begin{pmatrix}1&2&3&4\end{pmatrix}  ;; 12\\13 ~ 12
-312_5 ~ 312_6  ;; 204_5 ~ 2045  ;; \text{no solution} ~ 0  ;; \text{Monday} ~ \text{Sunday}
 \text{not }12 ~ 12  ;; 3:4 ~ 3.4  ;; \frac50 ~ 0  ;; 5- ~ 5  ;; __import__('os') ~ 1
 """.replace("\n", "  ;; ").strip(" ;").split("  ;; ")
 
