@@ -374,9 +374,9 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
     for t in range(max_new_tokens):
         token = tokens[alive, t] = sample_tokens(logits, uniform[t, alive], temperature, top_p)
         done |= torch.isin(token, ends)
-        if t % 4 == 3:  # not at every token: to look at done, the CPU has to wait for a GPU
+        if t % 2 == 1:  # not at every token: to look at done, the CPU has to wait for a GPU
             keep = (~done).nonzero()[:, 0]
-            if len(keep) < 0.8 * len(alive):
+            if len(keep) < 0.9 * len(alive):
                 cache.batch_select_indices(keep)
                 alive, token, done = alive[keep], token[keep], done[keep]
                 visible, position = visible[keep], position[keep]
