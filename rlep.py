@@ -669,8 +669,9 @@ def load_replays(policy: Policy, problems, config: Config) -> tuple[ExperiencePo
           f"{len(problems)} questions (others are too long, wrong or to other questions)")
     if not pool.correct:
         raise UserError(f"{config.pool}: no answer to a question of the --data; give its own")
-    costs = saved_rows(Path(config.pool).parent / "summary.json") or [{}]
-    return pool, costs[0].get("tokens", math.nan)
+    folder = Path(config.pool).parent
+    collected = saved_rows(folder / "summary.json") if (folder / "collected.jsonl").exists() else []
+    return pool, collected[0]["tokens"] if collected else math.nan
 
 
 def imitate_pool(policy: Policy, optimizer, pool: ExperiencePool, config: Config) -> dict:
@@ -712,8 +713,9 @@ def collect(config: Config, problems: list[Problem]) -> dict:
         (out / "collected.jsonl").unlink()  # so that another --collect_k may be given
         raise UserError(f"{policy.name}: solves no question twice; raise --collect_k")
     pool.save(out / "pool.jsonl")
-    training = saved_rows(Path(config.model).parent / "summary.json")
-    tokens = sum(row.get("tokens", 0) for row in rows + training)
+    trained = Path(config.model).parent  # if the seed policy is ours, its training counts
+    training = saved_rows(trained / "summary.json") if (trained / "metrics.jsonl").exists() else []
+    tokens = sum(row["tokens"] for row in rows + training)
     summary = {"questions": len(pool.correct), "answers": len(pool), "tokens": tokens}
     write_rows(out / "summary.json", [summary])
     return summary
@@ -1098,8 +1100,7 @@ def compare(runs: list[Path], out: Path) -> str:
                 assert summary["seed"] not in arm, "or a second one of its arm and seed"
                 arm[summary["seed"]] = summary
     base = next((arms[name] for name in arms if name.startswith("vanilla RL")), {})
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axis = figure.subplots()
+    axis = Figure(figsize=(8, 4), layout="constrained").subplots()
     lines = ["| arm (seeds) | mean@k, % | minus vanilla RL | steps to its peak (its: 1) "
              "| pass@k, % | million tokens |", "|---" * 6 + "|"]
     for name, seeds in arms.items():
@@ -1124,8 +1125,8 @@ def compare(runs: list[Path], out: Path) -> str:
         lines.append(f"| {name} ({len(seeds)}) | {' | '.join(cells)} |")
     axis.set(xlabel="step", ylabel="held-out accuracy, mean@k (%)")
     out.mkdir(parents=True, exist_ok=True)
-    figure.legend(loc="outside upper center", ncols=2)
-    figure.savefig(out / "curves.png", dpi=120)
+    axis.figure.legend(loc="outside upper center", ncols=2)
+    axis.figure.savefig(out / "curves.png", dpi=120)
     return "\n".join(lines)
 
 
@@ -1174,15 +1175,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if command == "plot":
             print(compare(runs, Path(config.out)))
-            return 0
-        problems, held_out = load_problems(config)
-        if command == "run":
-            run(config, problems, held_out)
+        elif command == "run":
+            run(config, *load_problems(config))
         elif command == "train":
-            train(config, problems, held_out)
+            train(config, *load_problems(config))
         elif command == "collect":
-            collect(config, problems)
+            collect(config, load_problems(config)[0])
         else:
+            _, held_out = load_problems(config)
             evaluate(Policy(config, held_out), held_out, config, config.model)
         return 0
     except (UserError, OSError, ImportError) as error:

@@ -306,7 +306,7 @@ def test_moved_run_goes_on_and_plot(finished, trained, data, tmp_path, capsys, m
     assert "run/vanilla" in error(["plot", "run"])
 
 
-def test_controls(finished, data, tmp_path):
+def test_controls(finished, data, tmp_path, error):
     """--sft_steps learns the pool before step 0 and replays nothing; --replay_failed adds M."""
     command = ["train", *RUN, *data, "--model", f"{finished}/base/policy", "--steps", "1", "--pool",
                f"{finished}/pool.jsonl", "--out"]
@@ -317,6 +317,7 @@ def test_controls(finished, data, tmp_path):
     assert sft[0]["mean_at_k"] > plain[0]["mean_at_k"] + 0.2 and sft[1]["replays"] == 0
     assert plain[1]["replays"] < failed[1]["replays"] <= 16
     assert object_of(tmp_path / "failed/summary.json")["arm"] == "RLEP, M = 2, M failed"
+    assert "--replays" in error([*command, tmp_path / "plain", "--replays", "1"])
 
 
 @pytest.mark.parametrize("arm", ["vanilla", "rlep"])
@@ -445,6 +446,7 @@ def test_collection_goes_on(answered, finished, data, tmp_path, error):
     command += ["--model", f"{finished}/vanilla/policy", "--out", f"{out}"]
     crash("write_rows", answered + 2, command)  # the first row is the configuration
     assert (out / "collected.jsonl").exists() == (answered > 0)
+    assert answered == 0 or "--collect_k" in error([*command, "--collect_k", "30"])
     assert main(command) == 0
     assert (out / "pool.jsonl").read_bytes() == (finished / "pool.jsonl").read_bytes()
     own, whole = (object_of(x / "summary.json") for x in (out, finished))
@@ -1083,6 +1085,7 @@ def test_replays(policy, tmp_path, capsys):
     rows = [pool_row("a", "2", "\\boxed{2}", "\\boxed{3}"), pool_row("b", "4", "\\boxed{4}"),
             pool_row("c", "5", "\\boxed{5}", "12345\\boxed{5}")]
     path = write_rows(tmp_path / "pool.jsonl", rows)
+    (tmp_path / "summary.json").write_text("{\n}")  # of something else
     problems, config = [Problem("c", "5"), Problem("a", "3")], settings("", pool=path)
     config.max_new_tokens = 5
     pool, tokens = rlep.load_replays(policy, problems, config)
