@@ -35,7 +35,6 @@ from rlep import verify
 torch.set_num_threads(1)
 
 
-# ---- Shared --------------------------------------------------------------------------------------
 RUN = ("--threads 1 --warmup_steps 60 --steps 6 --learning_rate 2e-3 --prompts_per_step 4 "
        "--minibatch_prompts 2 --group_size 16 --max_new_tokens 24 --eval_every 3 --save_every 2 "
        "--k 4 --collect_k 32 --collect_temperature 2 --collect_top_p 1 --sample_rows 64").split()
@@ -624,13 +623,13 @@ def test_bad_input(line, named, bad, tiny, data, tmp_path, error, monkeypatch):
     assert {Path(path).name for path in left} <= {"config.json", "lock"}
 
 
-@pytest.mark.parametrize("place", ["sample_tokens", "policy_loss"])
+@pytest.mark.parametrize("place", ["response_logprobs", "policy_loss"])
 def test_out_of_gpu_memory(place, words, tmp_path, error, monkeypatch):
-    """In sampling, in the update: a line that names the flags to lower."""
-    def full(*given):
+    """In loading, in the update: a line that names the flags to lower."""
+    def full(*given, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(rlep, "check_model", lambda *given: monkeypatch.setattr(rlep, place, full))
+    monkeypatch.setattr(rlep, place, full)
     assert "--sample_rows and --micro_tokens" in error(words(tmp_path / "run"))
 
 
@@ -791,7 +790,6 @@ def test_loss_of_one_token(ratio, advantage, dual, objective, slope, clip):
         assert stats == {name: (name == clip) * share for name in ("clip_low", "clip_high")}
 
 
-# ---- Log-probabilities and gradients -------------------------------------------------------------
 @pytest.mark.parametrize("kind, vocabulary, changes", [
     ("Llama", 40, {}), ("Llama", 40, {"num_key_value_heads": 4}), ("Qwen2", 40, {}),
     ("Qwen2", 300_000, {"hidden_size": 8, "tie_word_embeddings": True})])  # chunks of 64 logits
@@ -979,7 +977,6 @@ def test_everything_is_on_the_device_of_the_model(policy, two_problems, monkeypa
             policy.model(torch.tensor([[2, 3]]))
 
 
-# ---- The training step ---------------------------------------------------------------------------
 def step_config(**changes):
     return settings("", **dict(group_size=16, max_new_tokens=6, minibatch_prompts=1) | changes)
 
@@ -1044,6 +1041,8 @@ def test_a_step(policy, two_problems, monkeypatch):
         assert torch.allclose(old, slow_logprobs(start, a.prompt, a.response, 0.6), atol=1e-5)
     assert row["ratio_max"] > 1.05 and len(last) == 16  # the policy has changed by then
     assert row["replays"] == 2 and row["zero_variance"] == pytest.approx(1 / 3)
+    cut = [len(a.response) == 6 for a in first + second + last if not a.replayed]
+    assert row["truncated"] == np.mean(cut) > 0
     rlep.train_step(policy, optimizer, problems, pool, config, 9)
     assert (rate, seen[-1][2]) == (0.02, 0.08)
 
@@ -1115,6 +1114,7 @@ def test_problems_of_files(tmp_path):
     problems, held_out = rlep.load_problems(Config(data=train, eval_data=test, eval_size=2))
     assert problems == [Problem("a", "1"), Problem("a", "2", (("system", "s"),)), Problem("b", "4")]
     assert [problem.gold for problem in problems + held_out] == ["1", "2", "4", "4"]
+    assert len(rlep.load_problems(Config(eval_data=test))[0]) == 512
     write_rows(tmp_path / "a", [{"question": f"{i % 30}", "answer": i} for i in range(40)])
     problems, held_out = rlep.load_problems(Config(data=train, eval_size=8, train_size=15))
     assert [int(p.gold) for p in problems + held_out] == [*range(15), *range(22, 30)]
@@ -1191,7 +1191,7 @@ SAME = r"""
 2\pm\sqrt3 ~ 2-\sqrt{3}, 2+\sqrt{3}  ;; 4 \text{ or } 9 ~ 9,4  ;; 4, 6, \text{ and } 9 ~ 9,6,4
 \begin{pmatrix}1\\-4\end{pmatrix} ~ \begin{pmatrix} 1.0 \\ -4 \end{pmatrix}
 \text{Tuesday} ~ Tuesday  ;; \text{EVEN} ~ even  ;; \text{no} ~ no  ;; \text{(B)} ~ B
-(D) ~ \textbf{D}  ;; 312_{5} ~ 312_5  ;; 7:30 ~ 7 : 30
+(D) ~ \textbf{D}  ;; 312_{5} ~ 312_5  ;; 2^{10000} ~ 2^{10000}  ;; 7:30 ~ 7 : 30
 """.replace("\n", "  ;; ").strip(" ;").split("  ;; ")
 DIFFERENT = r"""
 5\text{ at most} ~ 5  ;; 5\text{ below zero} ~ 5  ;; 5\text{ tenths} ~ 5  ;; 5\text{ million} ~ 5
