@@ -228,7 +228,8 @@ class Policy:
     def prompt(self, problem: Problem) -> list[int]:
         """Token ids of the chat template's prompt or, without one, of "Question: ... Answer:"."""
         if not self.tokenizer.chat_template:
-            return self.tokenizer(f"Question: {problem.question}\nAnswer:").input_ids
+            before = "".join(f"{text}\n\n" for _, text in problem.chat)
+            return self.tokenizer(f"{before}Question: {problem.question}\nAnswer:").input_ids
         text = self.render([*problem.chat, ("user", problem.question)], add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
@@ -313,7 +314,7 @@ class ExperiencePool:
         for problem, answers in self.correct.items():
             chat = [*problem.chat, ("user", problem.question)]
             rows.append({
-                "data_source": "rlep.py",
+                "data_source": "math_dapo",
                 "prompt": [{"role": role, "content": text} for role, text in chat],
                 "reward_model": {"ground_truth": problem.gold, "style": "rule",
                                  "candidates": answers},
@@ -327,7 +328,7 @@ class ExperiencePool:
         for where, row in read_rows(path):
             problem = row_to_problem(row, where)
             with blame(f"{where}: reward_model.candidates must be a list of texts"):
-                failed = row.get("extra_info", {}).get("failed", [])
+                failed = (row.get("extra_info") or {}).get("failed", [])
                 for text in row["reward_model"]["candidates"] + failed:
                     pool.add(problem.question, problem.gold, text + "", problem.chat)  # a text
         return pool
@@ -616,7 +617,7 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem]) -> d
     pool, tokens, arm = None, 0, "vanilla RL"
     if config.pool:
         pool, tokens = load_replays(policy, problems, config)
-        arm = f"RLEP, M = {config.replays}" + ", M failed" * config.replay_failed
+        arm = f"RLEP, M = {config.replays}{', M failed' * config.replay_failed}"
     arm = "SFT, then vanilla RL" if config.sft_steps else arm
     rows, checkpoint = [], out / "checkpoint.pt"
     if checkpoint.exists():
@@ -759,13 +760,13 @@ def row_to_problem(row: dict, where: str) -> Problem:
         assert text.strip(), "it is empty"
     gold = ""
     with blame(f"{where}: no answer; give it as answer, solution or ground_truth"):
-        inner = row.get("reward_model", {}).get("ground_truth")
+        inner = (row.get("reward_model") or {}).get("ground_truth")
         for value in row.get("solution"), inner, row.get("ground_truth"), row.get("answer"):
             if isinstance(value, (str, int, float)) and value != "":
                 gold = str(value)  # the last one counts
         if "####" in gold:
             gold = gold.rpartition("####")[2]  # GSM8K: the working, then #### 42
-        elif "\\boxed" in gold:
+        elif re.search(r"\\f?box", gold):
             gold = extract_answer(gold)  # MATH: the last box of the solution
         gold = re.sub(r"^(-?\d+)\.0$", r"\1", gold.strip())  # AMC writes 27.0
         assert gold, "it is empty"
@@ -1076,7 +1077,7 @@ def open_folder(command: str, config: Config) -> dict:
                 raise UserError(f"{out}: was run with --{name} {then}; give another --out")
     write_rows(out / "config.json", [settings])
     summary = (saved_rows(out / "summary.json") or [{}])[0]
-    print(f"{out}: " + ("is finished" if summary else "is under way"))
+    print(f"{out}: {'is finished' if summary else 'is under way'}")
     return summary
 
 
@@ -1139,8 +1140,8 @@ def parse(argv: list[str]) -> tuple[str, list[Path], Config]:
     """The command, the folders to plot, the settings; a bad flag ends with one line, status 2."""
     parser = argparse.ArgumentParser("rlep.py", argparse.SUPPRESS, __doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = "run", "train", "collect", "eval", "plot"
-    parser.add_argument("command", nargs="?", default="run", choices=commands)
+    parser.add_argument("command", nargs="?", default="run",
+                        choices=["run", "train", "collect", "eval", "plot"])
     parser.add_argument("runs", nargs="*", type=Path, help="for plot: folders of finished runs")
     comments = re.findall(r"^    (\w+): .*?  # (.*)", Path(__file__).read_text(), re.MULTILINE)
     for flag in fields(Config):
@@ -1182,7 +1183,7 @@ def main(argv: list[str] | None = None) -> int:
         elif command == "collect":
             collect(config, load_problems(config)[0])
         else:
-            _, held_out = load_problems(config)
+            held_out = load_problems(config)[1]
             evaluate(Policy(config, held_out), held_out, config, config.model)
         return 0
     except (UserError, OSError, ImportError) as error:

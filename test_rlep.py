@@ -909,7 +909,7 @@ def test_prompts_and_responses(policy, tmp_path):
     assert policy.tokens("1<eos>2").count(1) == 0 and len(policy.tokens("1<eos>2")) == 8
     assert policy.prompt(problem) == policy.tokens("1+2=?")[:-1]
     policy.tokenizer.chat_template = None
-    assert policy.prompt(problem) == [0] + policy.tokens("Question: 2=\nAnswer:")[:-1]
+    assert policy.prompt(problem) == [0] + policy.tokens("1+\n\nQuestion: 2=\nAnswer:")[:-1]
 
 
 def test_loading(tiny, tmp_path):
@@ -1098,11 +1098,11 @@ def test_problems_of_files(tmp_path):
     for row, question, gold in (
             ({"question": "Sum?", "answer": "It is <<6*7=42>>42.\n#### 42"}, "Sum?\nBOX", "42"),
             ({"problem": "Find.", "level": "Level 5", "solution":  # MATH; above, GSM8K
-              "First \\boxed{1}? No: $x=\\boxed{\\frac{1}{2}}$."}, "Find.\nBOX", "\\frac{1}{2}"),
+              "First \\boxed{1}? No: $x=\\fbox{\\frac{1}{2}}$."}, "Find.\nBOX", "\\frac{1}{2}"),
             ({"prompt": chat("Do."), "reward_model": {"ground_truth": "34"}}, "Do.", "34"),  # DAPO
             ({"problem": "Aya", "solution": "\\boxed{9}", "answer": "204"}, "Aya\nBOX", "204"),
             ({"id": 0, "question": "Cities", "answer": 27.0}, "Cities\nBOX", "27"),  # AMC
-            ({"question": "q", "answer": 0}, "q\nBOX", "0"),
+            ({"question": "q", "reward_model": None, "answer": 0}, "q\nBOX", "0"),
             ({"question": "q", "answer": 2.5}, "q\nBOX", "2.5"),
             (pool_row("r", "3", "\\boxed{3}"), "r", "3")):
         problem = rlep.row_to_problem(row, "f:1")
