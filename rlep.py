@@ -616,8 +616,10 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem]) -> d
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.1)  # paper: 0.1
     pool, tokens, arm = None, 0, "vanilla RL"
     if config.pool:
-        pool, tokens = load_replays(policy, problems, config)
+        pool = load_replays(policy, problems, config)
+        tokens = tokens_of(Path(config.pool).parent, "collected.jsonl", math.nan)
         arm = f"RLEP, M = {config.replays}{', M failed' * config.replay_failed}"
+    replays = None if config.sft_steps else pool
     arm = "SFT, then vanilla RL" if config.sft_steps else arm
     rows, checkpoint = [], out / "checkpoint.pt"
     if checkpoint.exists():
@@ -630,7 +632,6 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem]) -> d
         start, row = time.perf_counter(), {"step": step}
         if step > 0:
             batch = questions_of_step(problems, config.prompts_per_step, config.seed, step)
-            replays = None if config.sft_steps else pool
             row |= train_step(policy, optimizer, batch, replays, config, step)
         elif config.sft_steps:
             row |= imitate_pool(policy, optimizer, pool, config)
@@ -658,9 +659,8 @@ def questions_of_step(problems: list[Problem], size: int, seed: int, step: int) 
     return order[place * size:(place + 1) * size]
 
 
-def load_replays(policy: Policy, problems, config: Config) -> tuple[ExperiencePool, float]:
-    """The answers of --pool to training questions that are not too long, verified by the training
-    file's gold; and the tokens that the pool cost, with its policy's training (NaN: not known)."""
+def load_replays(policy: Policy, problems: list[Problem], config: Config) -> ExperiencePool:
+    """The answers of --pool to training questions, verified by the gold there and not too long."""
     stored, pool = ExperiencePool.load(config.pool), ExperiencePool()
     for problem in problems:
         for text in stored.correct.get(problem, []) + stored.failed.get(problem, []):
@@ -670,18 +670,21 @@ def load_replays(policy: Policy, problems, config: Config) -> tuple[ExperiencePo
           f"{len(problems)} questions (others are too long, wrong or to other questions)")
     if not pool.correct:
         raise UserError(f"{config.pool}: no answer to a question of the --data; give its own")
-    folder = Path(config.pool).parent
-    collected = saved_rows(folder / "summary.json") if (folder / "collected.jsonl").exists() else []
-    return pool, collected[0]["tokens"] if collected else math.nan
+    return pool
+
+
+def tokens_of(folder: Path, result: str, otherwise: float) -> float:
+    """The tokens spent on a finished run of ours, told by a result in it; otherwise for others."""
+    rows = saved_rows(folder / "summary.json") if (folder / result).exists() else []
+    return rows[0]["tokens"] if rows else otherwise
 
 
 def imitate_pool(policy: Policy, optimizer, pool: ExperiencePool, config: Config) -> dict:
     """The control: supervised steps on the pool, as updates in which every advantage is 1."""
-    tokens = 0
+    covered, tokens = list(pool.correct), 0
     for step in tqdm(range(config.sft_steps), "supervised steps"):
         rng, answers = random.Random(seed_of(config.seed, "supervised", step)), []
-        count = config.prompts_per_step * config.group_size
-        for problem in rng.choices(list(pool.correct), k=count):
+        for problem in rng.choices(covered, k=config.prompts_per_step * config.group_size):
             response = policy.tokens(rng.choice(pool.correct[problem]))
             answers.append(Answer(0, policy.prompt(problem), response, advantage=1.0))
             tokens += len(response)
@@ -714,9 +717,8 @@ def collect(config: Config, problems: list[Problem]) -> dict:
         (out / "collected.jsonl").unlink()  # so that another --collect_k may be given
         raise UserError(f"{policy.name}: solves no question twice; raise --collect_k")
     pool.save(out / "pool.jsonl")
-    trained = Path(config.model).parent  # if the seed policy is ours, its training counts
-    training = saved_rows(trained / "summary.json") if (trained / "metrics.jsonl").exists() else []
-    tokens = sum(row["tokens"] for row in rows + training)
+    tokens = tokens_of(Path(config.model).parent, "metrics.jsonl", 0)  # the seed policy's training
+    tokens += sum(row["tokens"] for row in rows)
     summary = {"questions": len(pool.correct), "answers": len(pool), "tokens": tokens}
     write_rows(out / "summary.json", [summary])
     return summary
@@ -1136,20 +1138,20 @@ MAY_BE_0 = ("seed threads train_size replays sft_steps lr_warmup_steps overlong_
             "clip_high dual_clip").split()
 
 
-def parse(argv: list[str]) -> tuple[str, list[Path], Config]:
+def parse(argv: list[str] | None) -> tuple[str, list[Path], Config]:
     """The command, the folders to plot, the settings; a bad flag ends with one line, status 2."""
     parser = argparse.ArgumentParser("rlep.py", argparse.SUPPRESS, __doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", default="run",
                         choices=["run", "train", "collect", "eval", "plot"])
     parser.add_argument("runs", nargs="*", type=Path, help="for plot: folders of finished runs")
-    comments = re.findall(r"^    (\w+): .*?  # (.*)", Path(__file__).read_text(), re.MULTILINE)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", Path(__file__).read_text(), re.M))
     for flag in fields(Config):
         kind = {"type": flag.type, "metavar": "VALUE"}
         if flag.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(f"--{flag.name}", default=flag.default,
-                            help=f"{dict(comments)[flag.name]} [{flag.default}]", **kind)
+                            help=f"{comments[flag.name]} [{flag.default}]", **kind)
     values = vars(parser.parse_intermixed_args(argv))
     command, runs = values.pop("command"), values.pop("runs")
     for name, value in values.items():
@@ -1171,7 +1173,7 @@ def parse(argv: list[str]) -> tuple[str, list[Path], Config]:
 def main(argv: list[str] | None = None) -> int:
     """Runs a command. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
     transformers.utils.logging.disable_progress_bar()
-    command, runs, config = parse(sys.argv[1:] if argv is None else argv)
+    command, runs, config = parse(argv)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     try:
         if command == "plot":

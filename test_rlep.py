@@ -3,7 +3,6 @@ Nothing is downloaded. `python test_rlep.py bench --help` measures the speed of 
 # SPDX-License-Identifier: MIT
 import argparse
 import copy
-import gc
 import json
 import math
 import multiprocessing
@@ -107,7 +106,6 @@ def crash(name, number, words):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
         patch.setattr(rlep, name, stops)
         main(words)
-    gc.collect()  # the frames, and with them the folder's lock
 
 
 @pytest.fixture(scope="session")
@@ -347,7 +345,6 @@ def child(words, log, file_limit):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have ignored it
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     if file_limit:
-        import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     raise SystemExit(main(words))
 
@@ -1087,10 +1084,11 @@ def test_replays(policy, tmp_path, capsys):
     (tmp_path / "summary.json").write_text("{\n}")  # of something else
     problems, config = [Problem("c", "5"), Problem("a", "3")], settings("", pool=path)
     config.max_new_tokens = 5
-    pool, tokens = rlep.load_replays(policy, problems, config)
+    pool = rlep.load_replays(policy, problems, config)
     assert pool.correct == {problems[0]: ["\\boxed{5}"], problems[1]: ["\\boxed{3}"]}
     assert "2 of 4 answers serve, 2 of 2 questions" in capsys.readouterr().out
-    assert math.isnan(tokens) and pool.failed == {problems[1]: ["\\boxed{2}"]}
+    assert math.isnan(rlep.tokens_of(tmp_path, "collected.jsonl", math.nan))
+    assert pool.failed == {problems[1]: ["\\boxed{2}"]}
 
 
 def test_problems_of_files(tmp_path):
