@@ -659,7 +659,7 @@ def questions_of_step(problems: list[Problem], size: int, seed: int, step: int) 
     return order[place * size:(place + 1) * size]
 
 
-def load_replays(policy: Policy, problems: list[Problem], config: Config) -> ExperiencePool:
+def load_replays(policy: Policy, problems, config: Config) -> ExperiencePool:
     """The answers of --pool to training questions, verified by the gold there and not too long."""
     stored, pool = ExperiencePool.load(config.pool), ExperiencePool()
     for problem in problems:
