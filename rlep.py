@@ -48,7 +48,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # ---- Configuration -------------------------------------------------------------------------------
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -87,7 +87,6 @@ class Config:
     dual_clip: float = 10.0  # largest ratio that counts where the advantage is negative; 0: off
     overlong_buffer: int = 0  # tokens before the limit in which length is penalised (paper: 512)
     micro_tokens: int = 512 if DEVICE == "cpu" else 4096  # tokens a backward pass: bounds memory
-    gradient_checkpointing: bool = False  # less memory for a third more time in the update
     save_every: int = 1  # steps from checkpoint to checkpoint
     # Experience replay (section 3.2)
     replays: int = 2  # M, replayed answers a group (paper: 2)
@@ -169,7 +168,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     logprobs, old_logprobs, mask (n, t), the mask 0/1 of any dtype; advantages (n,), one an answer.
     dual_clip (authors' code; 0 or None: off) keeps the objective above dual_clip A where A < 0.
     num_tokens: those of the whole mini-batch, if this is one of its micro-batches, whose losses add
-    up. Returns the loss, the shares of clipped tokens, and the largest ratio.
+    up. Returns the loss and the shares of tokens that each clip decided.
     Replayed answers: the authors take their old log-probs from the current policy, though another
     one wrote them, and so do we. Their ratio starts at 1: replay is imitation, weighted by A."""
     mask, advantages = mask.bool(), advantages[:, None]
@@ -183,8 +182,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
         objective = torch.where(advantages < 0, bounded, objective)
     decided = mask & (clipped < unclipped)
     stats = {"clip_low": (decided & (advantages < 0)).sum().item() / num_tokens,
-             "clip_high": (decided & (advantages > 0)).sum().item() / num_tokens,
-             "ratio_max": ratio.max().item()}
+             "clip_high": (decided & (advantages > 0)).sum().item() / num_tokens}
     return -(objective * mask).sum() / num_tokens, stats
 
 
@@ -195,18 +193,14 @@ class Policy:
     a bf16 copy samples. Raises UserError if it cannot be loaded whole or trained correctly."""
 
     def __init__(self, config: Config, problems: list[Problem]):
-        self.name, path = f"--model {config.model}", config.model
+        self.name = f"--model {config.model}"
         with blame(f"{self.name}: no model with tokenizer, or no --device {config.device}"):
-            settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            for name, value in list(vars(settings).items()):
-                if "drop" in name and isinstance(value, float):
-                    setattr(settings, name, 0.0)  # with dropout, pi_theta / pi_old is never 1
-            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
             self.model, loading = AutoModelForCausalLM.from_pretrained(
-                path, config=settings, trust_remote_code=False, output_loading_info=True,
+                config.model, trust_remote_code=False, output_loading_info=True,
                 dtype=torch.float32, attn_implementation="sdpa")
             assert not loading["missing_keys"], f"missing are {sorted(loading['missing_keys'])[:3]}"
-            self.model.to(config.device)
+            self.model.to(config.device).eval()  # with dropout, pi_theta / pi_old is never 1
         self.end = self.tokenizer.eos_token_id
         with blame(f"{self.name}: mend its tokenizer or chat template"):
             if self.tokenizer.chat_template:  # an assistant's turn need not end with the eos token
@@ -222,8 +216,6 @@ class Policy:
         check_model(self.model, self.name, max(lengths) + config.max_new_tokens)
         self.sampler = copy.deepcopy(self.model) if config.bf16 else self.model
         self.autocast = torch.autocast(config.device, torch.bfloat16, enabled=config.bf16)
-        if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def prompt(self, problem: Problem) -> list[int]:
         """Token ids of the chat template's prompt or, without one, of "Question: ... Answer:"."""
@@ -264,7 +256,6 @@ class Policy:
 
     def logprobs(self, answers: list[Answer], temperature: float) -> tuple[Tensor, Tensor]:
         """response_logprobs of answers (n, t) with its mask, in the arithmetic of the update."""
-        self.model.train()  # only switches gradient checkpointing on: dropout is 0
         with self.autocast:
             return response_logprobs(self.model, [a.prompt for a in answers],
                                      [a.response for a in answers], temperature=temperature)
@@ -499,7 +490,6 @@ def update_policy(policy: Policy, optimizer, answers: list[Answer], config, lear
     of advantage 0 have no gradient and are not computed; their tokens stay in the mean."""
     num_tokens = sum(len(answer.response) for answer in answers)
     stats = Counter(loss=0.0, clip_low=0.0, clip_high=0.0)
-    ratio_max = 1.0
     for batch in micro_batches([a for a in answers if a.advantage], config.micro_tokens):
         logprobs, mask = policy.logprobs(batch, config.temperature)
         old_logprobs = logprobs.detach()  # ratio 1
@@ -509,16 +499,13 @@ def update_policy(policy: Policy, optimizer, answers: list[Answer], config, lear
         loss, shares = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip_low,
                                    config.clip_high, config.dual_clip, num_tokens)
         loss.backward()
-        ratio_max = max(ratio_max, shares.pop("ratio_max"))
         stats.update(shares, loss=loss.item())  # a Counter's update adds up
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0).item()  # paper: 1.0
-    finite = math.isfinite(norm) and math.isfinite(stats["loss"])
-    if finite:
+    if math.isfinite(norm):
         optimizer.param_groups[0]["lr"] = learning_rate
         optimizer.step()
     optimizer.zero_grad()
-    return {**stats, "ratio_max": ratio_max, "grad_norm": norm if finite else 0.0,
-            "skipped": float(not finite)}  # 1: no step was taken
+    return {**stats, "grad_norm": norm, "skipped": float(not math.isfinite(norm))}
 
 
 def train_step(policy: Policy, optimizer, problems, pool, config, step: int) -> dict:
@@ -552,7 +539,6 @@ def train_step(policy: Policy, optimizer, problems, pool, config, step: int) -> 
     teaching = [answer for answer in answers if answer.advantage]
     metrics = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
     return metrics | {
-        "ratio_max": max(update["ratio_max"] for update in updates),
         "accuracy": float(np.mean([answer.correct for answer in fresh])),
         "reward": float(np.mean([answer.reward for answer in fresh])),
         "length": float(np.mean(lengths)), "replays": len(answers) - len(fresh),
@@ -614,13 +600,12 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem]) -> d
     base = config.model or make_base(config, out / "base")
     policy = Policy(replace(config, model=base), problems + held_out)
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.1)  # paper: 0.1
-    pool, tokens, arm = None, 0, "vanilla RL"
-    if config.pool:
+    pool, arm = None, "vanilla RL"
+    if config.sft_steps:
+        arm = "SFT, then vanilla RL"
+    elif config.pool:
         pool = load_replays(policy, problems, config)
-        tokens = tokens_of(Path(config.pool).parent, "collected.jsonl", math.nan)
         arm = f"RLEP, M = {config.replays}{', M failed' * config.replay_failed}"
-    replays = None if config.sft_steps else pool
-    arm = "SFT, then vanilla RL" if config.sft_steps else arm
     rows, checkpoint = [], out / "checkpoint.pt"
     if checkpoint.exists():
         with blame(f"{checkpoint}: damaged; delete {out}"):
@@ -632,9 +617,9 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem]) -> d
         start, row = time.perf_counter(), {"step": step}
         if step > 0:
             batch = questions_of_step(problems, config.prompts_per_step, config.seed, step)
-            row |= train_step(policy, optimizer, batch, replays, config, step)
+            row |= train_step(policy, optimizer, batch, pool, config, step)
         elif config.sft_steps:
-            row |= imitate_pool(policy, optimizer, pool, config)
+            imitate_pool(policy, optimizer, problems, config)
         if step % config.eval_every == 0 or step == config.steps:
             row |= evaluate(policy, held_out, config, f"{arm}, step {step}")
         rows.append(row | {"seconds": time.perf_counter() - start})
@@ -644,9 +629,8 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem]) -> d
                 torch.save({"rows": rows, "model": policy.model.state_dict(),
                             "adam": optimizer.state_dict()}, unfinished)
     policy.save(out / "policy")
-    tokens += sum(row.get("sampled_tokens", 0) + row.get("trained_tokens", 0) for row in rows)
     curve = [[row["step"], row["mean_at_k"]] for row in rows if "mean_at_k" in row]
-    summary = rows[-1] | {"arm": arm, "seed": config.seed, "curve": curve, "tokens": tokens,
+    summary = rows[-1] | {"arm": arm, "seed": config.seed, "curve": curve,
                           "seconds": sum(row["seconds"] for row in rows)}
     write_rows(out / "summary.json", [summary])
     return summary
@@ -673,29 +657,21 @@ def load_replays(policy: Policy, problems, config: Config) -> ExperiencePool:
     return pool
 
 
-def tokens_of(folder: Path, result: str, otherwise: float) -> float:
-    """The tokens spent on a finished run of ours, told by a result in it; otherwise for others."""
-    rows = saved_rows(folder / "summary.json") if (folder / result).exists() else []
-    return rows[0]["tokens"] if rows else otherwise
-
-
-def imitate_pool(policy: Policy, optimizer, pool: ExperiencePool, config: Config) -> dict:
+def imitate_pool(policy: Policy, optimizer, problems, config: Config) -> None:
     """The control: supervised steps on the pool, as updates in which every advantage is 1."""
-    covered, tokens = list(pool.correct), 0
+    pool = load_replays(policy, problems, config)
     for step in tqdm(range(config.sft_steps), "supervised steps"):
         rng, answers = random.Random(seed_of(config.seed, "supervised", step)), []
-        for problem in rng.choices(covered, k=config.prompts_per_step * config.group_size):
+        for problem in rng.choices([*pool.correct], k=config.prompts_per_step * config.group_size):
             response = policy.tokens(rng.choice(pool.correct[problem]))
             answers.append(Answer(0, policy.prompt(problem), response, advantage=1.0))
-            tokens += len(response)
         update_policy(policy, optimizer, answers, config, config.learning_rate)
-    return {"trained_tokens": tokens}
 
 
 def collect(config: Config, problems: list[Problem]) -> dict:
     """Experience collection (section 3.2): K answers a question from the seed policy --model.
     Questions with at least two correct answers go into OUT/pool.jsonl; answers cut at the limit do
-    not. Returns the summary; its tokens include the seed policy's training, where it is known."""
+    not. Returns the summary."""
     out = Path(config.out)
     if summary := open_folder("collect", config):
         return summary
@@ -706,7 +682,7 @@ def collect(config: Config, problems: list[Problem]) -> dict:
         batch = problems[first:first + config.prompts_per_step]
         for _, responses in policy.sample(batch, config.collect_k, settings, "collection"):
             texts = [policy.text(response) for response in responses if response[-1] in policy.ends]
-            rows.append({"texts": texts, "tokens": sum(map(len, responses))})
+            rows.append({"texts": texts})
         write_rows(out / "collected.jsonl", rows)
     pool = ExperiencePool()
     for problem, row in zip(problems, rows):
@@ -717,9 +693,7 @@ def collect(config: Config, problems: list[Problem]) -> dict:
         (out / "collected.jsonl").unlink()  # so that another --collect_k may be given
         raise UserError(f"{policy.name}: solves no question twice; raise --collect_k")
     pool.save(out / "pool.jsonl")
-    tokens = tokens_of(Path(config.model).parent, "metrics.jsonl", 0)  # the seed policy's training
-    tokens += sum(row["tokens"] for row in rows)
-    summary = {"questions": len(pool.correct), "answers": len(pool), "tokens": tokens}
+    summary = {"questions": len(pool.correct), "answers": len(pool)}
     write_rows(out / "summary.json", [summary])
     return summary
 
@@ -781,10 +755,8 @@ def load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
         return list(dict.fromkeys(row_to_problem(row, where) for where, row in read_rows(path)))
 
     size = config.eval_size
-    if config.data:
-        problems = read(config.data)
-    else:
-        problems = embedded_problems((config.train_size or 512) + size, seed=0)
+    number = (config.train_size or 512) + size
+    problems = read(config.data) if config.data else embedded_problems(number, seed=0)
     held_out = read(config.eval_data)[:size] if config.eval_data else problems[-size:]
     if not (config.data and config.eval_data):
         problems = problems[:-size]
@@ -1004,29 +976,22 @@ def formula_value(text: str) -> Fraction | float | complex:
 
 # ---- Models that would be trained wrongly are refused --------------------------------------------
 def check_model(model, name: str, longest: int) -> None:
-    """Compares packed log-probs and cached sampling with plain passes, for the longest text too: so
+    """Compares cached sampling and packed log-probs with plain passes, for the longest text too: so
     scaled logits, recurrence, attention windows and the like show up. Raises UserError."""
     size, generator = model.get_input_embeddings().weight.shape[0], torch.Generator().manual_seed(0)
     tokens = torch.randint(size, (longest,), generator=generator).tolist()
-    prompts = [tokens[:3], tokens[:3], tokens[:2]]
-    responses = [tokens[1:6], tokens[-longest // 2:], tokens[2:]]
-
-    def plain(prompt: list[int], response: list[int]) -> Tensor:  # (t, V) log-probs
-        logits = model(torch.tensor([prompt + response], device=model.device)).logits
-        return logits[0, len(prompt) - 1:-1].log_softmax(-1)
-
+    prompts = [tokens[:3], tokens[:3], tokens[4:]]
     with blame(f"{name}: cannot be trained correctly; give a Llama or Qwen model"), torch.no_grad():
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
         assert longest <= limit, f"{limit} positions, texts of {longest}: lower --max_new_tokens"
-        packed, _ = response_logprobs(model.train(), prompts, responses)
-        greedy = rollout(model, prompts, 1, max_new_tokens=4, temperature=0, eos_token_id=-1,
-                         pad_token_id=0)
-        for prompt, response, row, [best] in zip(prompts, responses, packed, greedy):
-            own = plain(prompt, response)[range(len(response)), response]
-            error = (own - row[:len(response)]).abs().max().item()
-            assert error < 1e-3, f"packed log-probs are wrong by {error:.2g}"
-            own = plain(prompt, best)
-            error = (own.max(-1).values - own[range(len(best)), best]).max().item()
+        sampled = rollout(model, prompts, 1, max_new_tokens=4, temperature=0, eos_token_id=-1,
+                          pad_token_id=0)
+        responses = [response for [response] in sampled]
+        packed, _ = response_logprobs(model, prompts, responses)
+        for prompt, response, row in zip(prompts, responses, packed):
+            logits = model(torch.tensor([prompt + response], device=model.device)).logits[0]
+            best = logits[len(prompt) - 1:-1].log_softmax(-1).max(-1).values  # (4,)
+            error = (row - best).abs().max().item()
             assert error < 1e-3, f"log-probs of sampled tokens are wrong by {error:.2g}"
 
 
@@ -1065,18 +1030,13 @@ def open_folder(command: str, config: Config) -> dict:
     with blame(f"{out}: another run is using it; wait, or give another --out"):
         lock = os.open(out / "lock", os.O_CREAT | os.O_RDWR)  # never closed: held until the end
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    free = {"out", "device", "threads", "sample_rows", "micro_tokens", "gradient_checkpointing",
-            "save_every"}  # these change a result by its rounding, if at all
+    free = {"out", "device", "threads", "sample_rows", "micro_tokens", "save_every"}  # rounding
     if command != "collect":
         free |= {"collect_k", "collect_temperature", "collect_top_p"}
-    if not config.pool:
-        free |= {"replays", "replay_failed", "sft_steps"}
     if found & {"metrics.jsonl", "collected.jsonl", "base", "vanilla"}:
         for name in set(settings) - free:
-            then = str(old[name])
-            moved = then.replace(str(Path(old["out"]).parent), str(out.parent), 1)
-            if str(settings[name]) not in (then, moved):  # the folder may have moved
-                raise UserError(f"{out}: was run with --{name} {then}; give another --out")
+            if settings[name] != old[name]:
+                raise UserError(f"{out}: was run with --{name} {old[name]}; give another --out")
     write_rows(out / "config.json", [settings])
     summary = (saved_rows(out / "summary.json") or [{}])[0]
     print(f"{out}: {'is finished' if summary else 'is under way'}")
@@ -1105,7 +1065,7 @@ def compare(runs: list[Path], out: Path) -> str:
     base = next((arms[name] for name in arms if name.startswith("vanilla RL")), {})
     axis = Figure(figsize=(8, 4), layout="constrained").subplots()
     lines = ["| arm (seeds) | mean@k, % | minus vanilla RL | steps to its peak (its: 1) "
-             "| pass@k, % | million tokens |", "|---" * 6 + "|"]
+             "| pass@k, % |", "|---" * 5 + "|"]
     for name, seeds in arms.items():
         curves = [dict(summary["curve"]) for summary in seeds.values()]
         steps = [step for step in curves[0] if all(step in curve for curve in curves)]
@@ -1122,8 +1082,7 @@ def compare(runs: list[Path], out: Path) -> str:
             ratios += [reached[0] / max(1, first)] if reached else []
         ratios = ratios if len(ratios) == len(gains) else []  # a seed may never reach it
         columns = [[100 * summary["mean_at_k"] for summary in seeds.values()], gains, ratios,
-                   [100 * summary["pass_at_k"] for summary in seeds.values()],
-                   [summary["tokens"] / 1e6 for summary in seeds.values()]]
+                   [100 * summary["pass_at_k"] for summary in seeds.values()]]
         cells = ["{:.2f} ± {:.2f}".format(*over_seeds(x)) if x else "-" for x in columns]
         lines.append(f"| {name} ({len(seeds)}) | {' | '.join(cells)} |")
     axis.set(xlabel="step", ylabel="held-out accuracy, mean@k (%)")
