@@ -68,7 +68,7 @@ class Config:
     out: str = ""  # folder of the run; without one, runs/COMMAND-MODEL-DATA-POOL-seedN
     seed: int = 0  # decides the tiny model's weights, order of questions, sampling and replay
     device: str = DEVICE  # cpu, cuda or mps
-    bf16: bool = DEVICE == "cuda"  # bf16 arithmetic, on fp32 weights
+    bf16: int = int(DEVICE == "cuda")  # 1: bf16 arithmetic on fp32 weights, 0: all in fp32
     threads: int = 0  # CPU threads, 0: torch decides; a run repeats exactly on equal threads
     # Rollouts (section 3.1)
     prompts_per_step: int = 32  # questions a rollout (paper: 512)
@@ -90,8 +90,8 @@ class Config:
     save_every: int = 1  # steps from checkpoint to checkpoint
     # Experience replay (section 3.2)
     replays: int = 2  # M, replayed answers a group (paper: 2)
-    replay_failed: bool = False  # replay M failed answers as well (the paper's ablation)
-    sft_steps: int = 0  # control: so many supervised steps on --pool, then RL without replay
+    replay_failed: int = 0  # failed answers a group, replayed as well (the paper's ablation)
+    sft_steps: int = 0  # control: so many first steps imitate the replays, then RL without them
     collect_k: int = 32  # answers a question in collection (authors: 64)
     collect_temperature: float = 0.7  # of collection (authors: 0.7)
     collect_top_p: float = 0.95  # nucleus of collection (authors: 0.95)
@@ -145,7 +145,6 @@ def overlong_penalty(length: int, limit: int, buffer: int, factor: float = 1.0) 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, eps: float = 1e-6) -> Tensor:
     """Eq. 1, and with replayed answers in the groups Eq. 5: (r - mean) / (std + eps) in each group.
-
     rewards (n,) floats, group_ids (n,) ints -> advantages (n,). The std is the unbiased one. Equal
     rewards get exactly 0. A group of one has mean 0 and std 1. Why replay works: 16 failures (-1)
     beside 2 replayed successes (+1) get -0.34 and +2.75; 16 failures alone would teach nothing."""
@@ -164,7 +163,6 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
                 clip_low: float = 0.2, clip_high: float = 0.28, dual_clip: float | None = 10.0,
                 num_tokens: int | None = None) -> tuple[Tensor, dict[str, float]]:
     """Eq. 3 and 4 as a loss: minus the token mean of min(ratio A, clip(ratio, 1-low, 1+high) A).
-
     logprobs, old_logprobs, mask (n, t), the mask 0/1 of any dtype; advantages (n,), one an answer.
     dual_clip (authors' code; 0 or None: off) keeps the objective above dual_clip A where A < 0.
     num_tokens: those of the whole mini-batch, if this is one of its micro-batches, whose losses add
@@ -215,7 +213,7 @@ class Policy:
         self.ends = [self.end, *([stops] if isinstance(stops, int) else stops)]
         check_model(self.model, self.name, max(lengths) + config.max_new_tokens)
         self.sampler = copy.deepcopy(self.model) if config.bf16 else self.model
-        self.autocast = torch.autocast(config.device, torch.bfloat16, enabled=config.bf16)
+        self.autocast = torch.autocast(config.device, torch.bfloat16, enabled=bool(config.bf16))
 
     def prompt(self, problem: Problem) -> list[int]:
         """Token ids of the chat template's prompt or, without one, of "Question: ... Answer:"."""
@@ -346,10 +344,10 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
 def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens: int,
             temperature: float = 1.0, top_p: float = 1.0, eos_token_id: int | list[int],
             pad_token_id: int, seeds: list[int] | None = None) -> list[list[list[int]]]:
-    """Samples group_size answers to each prompt (token ids) from pi_old: a list (one per prompt) of
-    group_size lists of token ids, the end token included where it was reached. A prompt is read
-    once, its cache copied for its group; finished answers leave the batch every few tokens. seeds:
-    one a prompt, for random numbers of its own. Calls read_prompts and sample_tokens."""
+    """Samples group_size answers to each prompt (token ids): a list (one per prompt) of group_size
+    lists of token ids, the end token included where it was reached. A prompt is read once, its
+    cache copied for its group; finished answers leave the batch. seeds: one a prompt, for its own
+    random numbers. Calls read_prompts and sample_tokens."""
     model.eval()
     cache, *state = read_prompts(model, prompts, pad_token_id)
     cache.batch_repeat_interleave(group_size)  # from here on a row is an answer
@@ -401,7 +399,6 @@ def read_prompts(model, prompts: list[list[int]], pad_token_id: int):
 def response_logprobs(model, prompts: list[list[int]], responses: list[list[int]], *,
                       temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """log pi_theta of every response token: n prompts, n responses -> logprobs (n, t), mask (n, t).
-
     All are packed into one row, in which neighbours with the same prompt share it: the positions of
     each answer start after the prompt, and it sees the prompt and itself only. Bring some thousand
     tokens at once; the logits must be a product of the last hidden state. Calls token_logprobs."""
@@ -476,8 +473,7 @@ def make_groups(policy, problems, pool: ExperiencePool | None, config, step: int
         if pool is not None:
             rng = random.Random(seed_of(config.seed, "replay", step, problem))
             texts = pool.draw(problem.question, config.replays, rng, problem.chat)
-            if config.replay_failed:
-                texts += pool.draw(problem.question, config.replays, rng, problem.chat, failed=True)
+            texts += pool.draw(problem.question, config.replay_failed, rng, problem.chat, True)
             members += [Answer(group, prompt, policy.tokens(text), replayed=True) for text in texts]
         for answer in members:
             answer.correct, answer.reward = score(policy, problem, answer.response, config)
@@ -517,11 +513,12 @@ def train_step(policy: Policy, optimizer, problems, pool, config, step: int) -> 
     # 2. One baseline for all answers of a group, fresh and replayed (Eq. 5).
     rewards = torch.tensor([answer.reward for answer in answers])
     groups = torch.tensor([answer.group for answer in answers])
+    supervised = step <= config.sft_steps  # the control: advantage 1, ratio 1, for replays only
     for answer, advantage in zip(answers, group_advantages(rewards, groups).tolist()):
-        answer.advantage = advantage
+        answer.advantage = float(answer.replayed) if supervised else advantage
     # 3. Old log-probs for all mini-batches but the first, before which the policy does not change.
     size = config.minibatch_prompts
-    later = [answer for answer in answers if answer.group >= size and answer.advantage]
+    later = [a for a in answers if a.group >= size and a.advantage and not supervised]
     with torch.no_grad():
         for batch in micro_batches(later, config.micro_tokens):
             logprobs, _ = policy.logprobs(batch, config.temperature)
@@ -557,10 +554,9 @@ def mean_at_k(correct: list[list[bool]]) -> tuple[float, list[float]]:
     return mean, [max(0.0, mean - half), min(1.0, mean + half)]
 
 
-def pass_at_k(correct: list[list[bool]], k: int | None = None) -> float:
+def pass_at_k(correct: list[list[bool]], k: int) -> float:
     """The chance that one of k answers is correct: 1 - C(n - c, k) / C(n, k), of n a question."""
     n = len(correct[0])
-    k = k or n
     return float(np.mean([1 - math.comb(n - sum(row), k) / math.comb(n, k) for row in correct]))
 
 
@@ -584,7 +580,7 @@ def evaluate(policy: Policy, problems: list[Problem], config: Config, title: str
         extracted.append([extract_answer(text) for text in texts])
         example = example or f"{problem.question!r} ({problem.gold}): {texts[0][-300:]!r}"
     mean, (low, high) = mean_at_k(correct)
-    majority, some = maj_at_k(extracted, correct), pass_at_k(correct)
+    majority, some = maj_at_k(extracted, correct), pass_at_k(correct, config.k)
     tqdm.write(f"{title}: mean@{config.k} {mean:.1%} ({low:.1%} to {high:.1%}), maj@{config.k} "
                f"{majority:.1%}, pass@{config.k} {some:.1%}\n    {example}")
     return {"mean_at_k": mean, "ci95": [low, high], "maj_at_k": majority, "pass_at_k": some}
@@ -601,11 +597,10 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem]) -> d
     policy = Policy(replace(config, model=base), problems + held_out)
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.1)  # paper: 0.1
     pool, arm = None, "vanilla RL"
-    if config.sft_steps:
-        arm = "SFT, then vanilla RL"
-    elif config.pool:
-        pool = load_replays(policy, problems, config)
-        arm = f"RLEP, M = {config.replays}{', M failed' * config.replay_failed}"
+    if config.pool:
+        pool, arm = load_replays(policy, problems, config), f"RLEP, M = {config.replays}"
+        arm += f", {config.replay_failed} failed" if config.replay_failed else ""
+        arm = f"{config.sft_steps} steps of SFT, then vanilla RL" if config.sft_steps else arm
     rows, checkpoint = [], out / "checkpoint.pt"
     if checkpoint.exists():
         with blame(f"{checkpoint}: damaged; delete {out}"):
@@ -613,16 +608,18 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem]) -> d
             policy.model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["adam"])
             rows = state["rows"]  # the metrics of the steps up to it
+    size = min(config.prompts_per_step, len(problems))
     for step in tqdm(range(len(rows), config.steps + 1), arm, config.steps + 1, initial=len(rows)):
-        start, row = time.perf_counter(), {"step": step}
-        if step > 0:
-            batch = questions_of_step(problems, config.prompts_per_step, config.seed, step)
-            row |= train_step(policy, optimizer, batch, pool, config, step)
-        elif config.sft_steps:
-            imitate_pool(policy, optimizer, problems, config)
+        row = {"step": step}
+        if step > 0:  # shuffled epochs, each less the rest that does not fill a step
+            epoch, place = divmod(step - 1, len(problems) // size)
+            order = random.Random(seed_of(config.seed, "order", epoch))
+            batch = order.sample(problems, len(problems))[place * size:(place + 1) * size]
+            replays = None if 0 < config.sft_steps < step else pool
+            row |= train_step(policy, optimizer, batch, replays, config, step)
         if step % config.eval_every == 0 or step == config.steps:
             row |= evaluate(policy, held_out, config, f"{arm}, step {step}")
-        rows.append(row | {"seconds": time.perf_counter() - start})
+        rows.append(row)
         write_rows(out / "metrics.jsonl", rows)
         if step % config.save_every == 0 or step == config.steps:  # no random state: see seed_of
             with written_whole(checkpoint) as unfinished:
@@ -630,17 +627,9 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem]) -> d
                             "adam": optimizer.state_dict()}, unfinished)
     policy.save(out / "policy")
     curve = [[row["step"], row["mean_at_k"]] for row in rows if "mean_at_k" in row]
-    summary = rows[-1] | {"arm": arm, "seed": config.seed, "curve": curve,
-                          "seconds": sum(row["seconds"] for row in rows)}
+    summary = rows[-1] | {"arm": arm, "seed": config.seed, "curve": curve}
     write_rows(out / "summary.json", [summary])
     return summary
-
-
-def questions_of_step(problems: list[Problem], size: int, seed: int, step: int) -> list[Problem]:
-    """The questions of step 1, 2, ...: shuffled epochs, less the rest that does not fill a step."""
-    epoch, place = divmod(step - 1, max(1, len(problems) // size))
-    order = random.Random(seed_of(seed, "order", epoch)).sample(problems, len(problems))
-    return order[place * size:(place + 1) * size]
 
 
 def load_replays(policy: Policy, problems, config: Config) -> ExperiencePool:
@@ -657,21 +646,9 @@ def load_replays(policy: Policy, problems, config: Config) -> ExperiencePool:
     return pool
 
 
-def imitate_pool(policy: Policy, optimizer, problems, config: Config) -> None:
-    """The control: supervised steps on the pool, as updates in which every advantage is 1."""
-    pool = load_replays(policy, problems, config)
-    for step in tqdm(range(config.sft_steps), "supervised steps"):
-        rng, answers = random.Random(seed_of(config.seed, "supervised", step)), []
-        for problem in rng.choices([*pool.correct], k=config.prompts_per_step * config.group_size):
-            response = policy.tokens(rng.choice(pool.correct[problem]))
-            answers.append(Answer(0, policy.prompt(problem), response, advantage=1.0))
-        update_policy(policy, optimizer, answers, config, config.learning_rate)
-
-
 def collect(config: Config, problems: list[Problem]) -> dict:
-    """Experience collection (section 3.2): K answers a question from the seed policy --model.
-    Questions with at least two correct answers go into OUT/pool.jsonl; answers cut at the limit do
-    not. Returns the summary."""
+    """Experience collection (section 3.2): --model answers every question K times. What is correct
+    and not cut goes into OUT/pool.jsonl, if a question has two of them. Returns the summary."""
     out = Path(config.out)
     if summary := open_folder("collect", config):
         return summary
@@ -734,12 +711,10 @@ def row_to_problem(row: dict, where: str) -> Problem:
         chat = [(message["role"] + "", message["content"] + "") for message in question]  # texts
         text = chat.pop()[1]
         assert text.strip(), "it is empty"
-    gold = ""
     with blame(f"{where}: no answer; give it as answer, solution or ground_truth"):
         inner = (row.get("reward_model") or {}).get("ground_truth")
-        for value in row.get("solution"), inner, row.get("ground_truth"), row.get("answer"):
-            if isinstance(value, (str, int, float)) and value != "":
-                gold = str(value)  # the last one counts
+        golds = [row.get("answer"), row.get("ground_truth"), inner, row.get("solution")]
+        gold = next((str(x) for x in golds if isinstance(x, (str, int, float)) and x != ""), "")
         if "####" in gold:
             gold = gold.rpartition("####")[2]  # GSM8K: the working, then #### 42
         elif re.search(r"\\f?box", gold):
@@ -976,8 +951,8 @@ def formula_value(text: str) -> Fraction | float | complex:
 
 # ---- Models that would be trained wrongly are refused --------------------------------------------
 def check_model(model, name: str, longest: int) -> None:
-    """Compares cached sampling and packed log-probs with plain passes, for the longest text too: so
-    scaled logits, recurrence, attention windows and the like show up. Raises UserError."""
+    """Compares greedy sampling and packed log-probs with plain passes, up to the longest text, so
+    that scaled logits, attention windows, recurrence and the like show up. Raises UserError."""
     size, generator = model.get_input_embeddings().weight.shape[0], torch.Generator().manual_seed(0)
     tokens = torch.randint(size, (longest,), generator=generator).tolist()
     prompts = [tokens[:3], tokens[:3], tokens[4:]]
@@ -1064,8 +1039,7 @@ def compare(runs: list[Path], out: Path) -> str:
                 arm[summary["seed"]] = summary
     base = next((arms[name] for name in arms if name.startswith("vanilla RL")), {})
     axis = Figure(figsize=(8, 4), layout="constrained").subplots()
-    lines = ["| arm (seeds) | mean@k, % | minus vanilla RL | steps to its peak (its: 1) "
-             "| pass@k, % |", "|---" * 5 + "|"]
+    lines = ["| arm (seeds) | mean@k, % | minus vanilla RL | pass@k, % |", "|---" * 4 + "|"]
     for name, seeds in arms.items():
         curves = [dict(summary["curve"]) for summary in seeds.values()]
         steps = [step for step in curves[0] if all(step in curve for curve in curves)]
@@ -1073,15 +1047,9 @@ def compare(runs: list[Path], out: Path) -> str:
         middle, half = np.transpose(points)
         [line] = axis.plot(steps, middle, marker=".", label=name)
         axis.fill_between(steps, middle - half, middle + half, color=line.get_color(), alpha=0.15)
-        gains, ratios = [], []
-        for seed in sorted(set(seeds) & set(base)):
-            gains.append(100 * (seeds[seed]["mean_at_k"] - base[seed]["mean_at_k"]))
-            peak = max(value for _, value in base[seed]["curve"])
-            reached = [step for step, value in seeds[seed]["curve"] if value >= peak]
-            first = [step for step, value in base[seed]["curve"] if value >= peak][0]
-            ratios += [reached[0] / max(1, first)] if reached else []
-        ratios = ratios if len(ratios) == len(gains) else []  # a seed may never reach it
-        columns = [[100 * summary["mean_at_k"] for summary in seeds.values()], gains, ratios,
+        gains = [100 * (seeds[seed]["mean_at_k"] - base[seed]["mean_at_k"])
+                 for seed in seeds if seed in base]
+        columns = [[100 * summary["mean_at_k"] for summary in seeds.values()], gains,
                    [100 * summary["pass_at_k"] for summary in seeds.values()]]
         cells = ["{:.2f} ± {:.2f}".format(*over_seeds(x)) if x else "-" for x in columns]
         lines.append(f"| {name} ({len(seeds)}) | {' | '.join(cells)} |")
@@ -1093,10 +1061,6 @@ def compare(runs: list[Path], out: Path) -> str:
 
 
 # ---- The command line ----------------------------------------------------------------------------
-MAY_BE_0 = ("seed threads train_size replays sft_steps lr_warmup_steps overlong_buffer clip_low "
-            "clip_high dual_clip").split()
-
-
 def parse(argv: list[str] | None) -> tuple[str, list[Path], Config]:
     """The command, the folders to plot, the settings; a bad flag ends with one line, status 2."""
     parser = argparse.ArgumentParser("rlep.py", argparse.SUPPRESS, __doc__, allow_abbrev=False,
@@ -1106,16 +1070,15 @@ def parse(argv: list[str] | None) -> tuple[str, list[Path], Config]:
     parser.add_argument("runs", nargs="*", type=Path, help="for plot: folders of finished runs")
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", Path(__file__).read_text(), re.M))
     for flag in fields(Config):
-        kind = {"type": flag.type, "metavar": "VALUE"}
-        if flag.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(f"--{flag.name}", default=flag.default,
-                            help=f"{comments[flag.name]} [{flag.default}]", **kind)
+        parser.add_argument(f"--{flag.name}", type=flag.type, default=flag.default,
+                            metavar="VALUE", help=f"{comments[flag.name]} [{flag.default}]")
     values = vars(parser.parse_intermixed_args(argv))
     command, runs = values.pop("command"), values.pop("runs")
+    may_be_0 = {"temperature"} if command == "eval" else set()
+    may_be_0 |= set("seed bf16 threads train_size replays replay_failed sft_steps lr_warmup_steps "
+                    "overlong_buffer clip_low clip_high dual_clip".split())
     for name, value in values.items():
-        may_be_0 = name in MAY_BE_0 or name == "temperature" and command == "eval"
-        if type(value) in (int, float) and not (0 < value < 1e12 or value == 0 and may_be_0):
+        if not (isinstance(value, str) or 0 < value < 1e12 or value == 0 and name in may_be_0):
             parser.error(f"--{name} {value}: must be a number above 0")
     config = Config(**values)
     if (command == "plot") != bool(runs):
