@@ -1,4 +1,4 @@
-"""RLEP, Reinforcement Learning with Experience rePlay (arXiv 2507.07451), the method in one file.
+"""RLEP, Reinforcement Learning with Experience rePlay (arXiv 2507.07451), in one file. MIT licence.
 
 rlep.py [run]                     both phases on embedded problems, and their comparison
 rlep.py train [--pool FILE]       one arm: RLEP with a pool, vanilla RL without
@@ -20,7 +20,6 @@ Not as in the authors' code (a fork of verl; they never published their collecti
 As there, but not in the paper: dual clip, unbiased std, and the current policy's log-probs as the
 old log-probs of replays (see policy_loss).
 """
-# SPDX-License-Identifier: MIT
 import argparse
 import copy
 import fcntl
@@ -49,11 +48,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicLayer
 
 # ---- Configuration -------------------------------------------------------------------------------
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
-DEVICE = "mps" if torch.backends.mps.is_available() else "cpu"
-DEVICE = "cuda" if torch.cuda.is_available() else DEVICE
+DEVICE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
 
 
 @dataclass
@@ -176,8 +175,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     objective = torch.minimum(unclipped, clipped)
     if dual_clip:
-        bounded = objective.maximum(dual_clip * advantages)
-        objective = torch.where(advantages < 0, bounded, objective)
+        objective = objective.maximum((dual_clip * advantages).where(advantages < 0, -math.inf))
     decided = mask & (clipped < unclipped)
     stats = {"clip_low": (decided & (advantages < 0)).sum().item() / num_tokens,
              "clip_high": (decided & (advantages > 0)).sum().item() / num_tokens}
@@ -207,8 +205,7 @@ class Policy:
                 turn = self.tokenizer(turn, add_special_tokens=False).input_ids
                 self.end = next((token for token in turn if token in special), self.end)
             lengths = [len(self.prompt(problem)) for problem in problems]
-            assert 0 not in lengths, "it renders nothing"
-            assert self.end is not None, "it has no end token; set eos_token"
+            assert self.end is not None and 0 not in lengths, "no end token, or it renders nothing"
         stops = self.model.generation_config.eos_token_id or []
         self.ends = [self.end, *([stops] if isinstance(stops, int) else stops)]
         check_model(self.model, self.name, max(lengths) + config.max_new_tokens)
@@ -238,8 +235,7 @@ class Policy:
         return ids + [self.end]
 
     def sample(self, problems: list[Problem], k: int, config: Config, *purpose):
-        """Yields (problem, k responses), sampled --sample_rows at a time, but at least one group.
-        Random numbers follow from seed, purpose (such as "rollout", step), question and k alone."""
+        """Yields (problem, k responses); seed, purpose ("rollout", step), question, k decide."""
         for mine, trained in zip(self.sampler.parameters(), self.model.parameters()):
             if mine is not trained:  # in fp32 it is; buffers, such as rotary angles, stay fp32
                 mine.data = trained.data.bfloat16()
@@ -272,14 +268,12 @@ def seed_of(*parts) -> int:
 
 
 # ---- The experience pool (section 3.2) -----------------------------------------------------------
+@dataclass
 class ExperiencePool:
-    """For each question the answers that were verified correct, and those that failed, as texts. An
-    answer that was sampled twice counts twice. On disk a JSON line a question, in the row format of
-    the authors' training set, so that pools move both ways between here and their verl recipe."""
-
-    def __init__(self):
-        self.correct: dict[Problem, list[str]] = {}
-        self.failed: dict[Problem, list[str]] = {}
+    """A list of verified answers for each question, and one of failed ones; equal texts all count.
+    On disk a JSON line a question, in the row format of the authors' training set."""
+    correct: dict[Problem, list[str]] = field(default_factory=dict)
+    failed: dict[Problem, list[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return sum(len(answers) for answers in self.correct.values())
@@ -300,14 +294,13 @@ class ExperiencePool:
     def save(self, path: str | Path) -> None:
         """Writes the questions that have correct answers, whole or not at all."""
         rows = []
-        for problem, answers in self.correct.items():
+        for problem, texts in self.correct.items():
             chat = [*problem.chat, ("user", problem.question)]
-            rows.append({
-                "data_source": "math_dapo",
-                "prompt": [{"role": role, "content": text} for role, text in chat],
-                "reward_model": {"ground_truth": problem.gold, "style": "rule",
-                                 "candidates": answers},
-                "extra_info": {"index": len(rows), "failed": self.failed.get(problem, [])}})
+            prompt = [{"role": role, "content": text} for role, text in chat]
+            verified = {"ground_truth": problem.gold, "style": "rule", "candidates": texts}
+            others = {"index": len(rows), "failed": self.failed.get(problem, [])}
+            rows.append({"data_source": "math_dapo", "prompt": prompt, "reward_model": verified,
+                         "extra_info": others})
         write_rows(path, rows)
 
     @classmethod
@@ -336,8 +329,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
         probs = torch.zeros_like(probs).scatter_(-1, index, ordered)
     cumulative = probs.cumsum(-1)
     target = (1 - uniform[:, None]) * cumulative[:, -1:]  # above 0: probability 0 is never drawn
-    tokens = torch.searchsorted(cumulative, target)[:, 0]
-    return tokens.clamp(max=logits.shape[-1] - 1)  # with NaN logits it would lie beyond the end
+    return torch.searchsorted(cumulative, target)[:, 0].clamp(max=logits.shape[-1] - 1)  # for NaN
 
 
 @torch.inference_mode()
@@ -347,7 +339,7 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
     """Samples group_size answers to each prompt (token ids): a list (one per prompt) of group_size
     lists of token ids, the end token included where it was reached. A prompt is read once, its
     cache copied for its group; finished answers leave the batch. seeds: one a prompt, for its own
-    random numbers. Calls read_prompts and sample_tokens."""
+    random numbers. Calls read_prompts (which calls RoomyLayer) and sample_tokens."""
     model.eval()
     cache, *state = read_prompts(model, prompts, pad_token_id)
     cache.batch_repeat_interleave(group_size)  # from here on a row is an answer
@@ -364,9 +356,9 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
     for t in range(max_new_tokens):
         token = tokens[alive, t] = sample_tokens(logits, uniform[t, alive], temperature, top_p)
         done |= torch.isin(token, ends)
-        if t % 2 == 1:  # not at every token: to look at done, the CPU has to wait for a GPU
+        if t % 4 == 3:  # not at every token: to look at done, the CPU has to wait for a GPU
             keep = (~done).nonzero()[:, 0]
-            if len(keep) < 0.9 * len(alive):
+            if len(keep) < 0.8 * len(alive):
                 cache.batch_select_indices(keep)
                 alive, token, done = alive[keep], token[keep], done[keep]
                 visible, position = visible[keep], position[keep]
@@ -383,6 +375,19 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
     return [answers[i:i + group_size] for i in range(0, len(answers), group_size)]
 
 
+class RoomyLayer(DynamicLayer):
+    """A cache layer that writes in place: the stock one copies all that it holds at every token."""
+    length = 0  # places used in keys and values (rows, heads, places, d)
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        start, self.length = self.length, self.length + keys.shape[2]
+        if start == 0 or start == self.keys.shape[2]:  # full: the stock layer adds 64 places
+            super().update(*(torch.nn.functional.pad(x, (0, 0, 0, 64)) for x in (keys, values)))
+        self.keys[:, :, start:self.length] = keys
+        self.values[:, :, start:self.length] = values
+        return self.keys[:, :, :self.length], self.values[:, :, :self.length]
+
+
 def read_prompts(model, prompts: list[list[int]], pad_token_id: int):
     """Runs every prompt once, padded on the left to (P, width). Returns the key-value cache, the
     next logits (P, V), which columns hold a prompt (P, width), and the last positions (P,)."""
@@ -391,7 +396,7 @@ def read_prompts(model, prompts: list[list[int]], pad_token_id: int):
     ids, visible = ids.to(model.device), visible.to(model.device)
     positions = (visible.cumsum(1) - 1).clamp(min=0)
     output = model(ids, attention_mask=visible.long(), position_ids=positions, use_cache=True,
-                   logits_to_keep=1)
+                   past_key_values=Cache(layer_class_to_replicate=RoomyLayer), logits_to_keep=1)
     return output.past_key_values, output.logits[:, -1], visible, positions[:, -1]
 
 
@@ -441,18 +446,17 @@ def token_logprobs(hidden: Tensor, head, targets: Tensor, temperature: float) ->
     return torch.cat(chunks)
 
 
-def micro_batches(answers: list[Answer], micro_tokens: int):
-    """Yields neighbours that are at most micro_tokens long when packed, or one longer answer."""
-    batch, tokens = [], 0
+def micro_batches(answers: list[Answer], micro_tokens: int) -> list[list[Answer]]:
+    """Neighbours that are at most micro_tokens long when packed, or one longer answer."""
+    batches, tokens = [], math.inf
     for answer in answers:
-        shared = batch and answer.prompt == batch[-1].prompt
+        shared = batches and answer.prompt == batches[-1][-1].prompt
         tokens += len(answer.response) + (0 if shared else len(answer.prompt))
-        if batch and tokens > micro_tokens:
-            yield batch
-            batch, tokens = [], len(answer.prompt) + len(answer.response)
-        batch.append(answer)
-    if batch:
-        yield batch
+        if tokens > micro_tokens:
+            batches.append([])
+            tokens = len(answer.prompt) + len(answer.response)
+        batches[-1].append(answer)
+    return batches
 
 
 # ---- The training step ---------------------------------------------------------------------------
@@ -561,8 +565,7 @@ def pass_at_k(correct: list[list[bool]], k: int) -> float:
 
 
 def maj_at_k(answers: list[list[str | None]], correct: list[list[bool]]) -> float:
-    """The share of questions whose most frequent extracted answer, as it is spelt, is correct; on a
-    tie the first counts (paper: Figure 3)."""
+    """The share of questions whose most frequent answer, as it is spelt, is correct (Figure 3)."""
     won = []
     for row, marks in zip(answers, correct):
         votes = Counter(answer for answer in row if answer is not None).most_common(1)
@@ -683,8 +686,7 @@ def run(config: Config, problems: list[Problem], held_out: list[Problem]) -> Non
     vanilla = train(replace(arm, out=f"{out}/vanilla"), problems, held_out)
     pool = collect(replace(arm, out=f"{out}/collection", model=f"{out}/vanilla/policy"), problems)
     shutil.copy(out / "collection/pool.jsonl", out)
-    arm = replace(arm, out=f"{out}/rlep", pool=f"{out}/collection/pool.jsonl")
-    rlep = train(arm, problems, held_out)
+    rlep = train(replace(arm, out=f"{out}/rlep", pool=f"{out}/pool.jsonl"), problems, held_out)
     table = compare([out], out)
     write_rows(out / "summary.json", [{**pool, "vanilla": vanilla, "rlep": rlep, "table": table}])
     print(f"\n{table}\n\npool: {pool['answers']} answers to {pool['questions']} questions")
@@ -715,13 +717,10 @@ def row_to_problem(row: dict, where: str) -> Problem:
         inner = (row.get("reward_model") or {}).get("ground_truth")
         golds = [row.get("answer"), row.get("ground_truth"), inner, row.get("solution")]
         gold = next((str(x) for x in golds if isinstance(x, (str, int, float)) and x != ""), "")
-        if "####" in gold:
-            gold = gold.rpartition("####")[2]  # GSM8K: the working, then #### 42
-        elif re.search(r"\\f?box", gold):
-            gold = extract_answer(gold)  # MATH: the last box of the solution
-        gold = re.sub(r"^(-?\d+)\.0$", r"\1", gold.strip())  # AMC writes 27.0
-        assert gold, "it is empty"
-    return Problem(text, gold, tuple(chat))
+        if re.search(r"####|\\f?box", gold):
+            gold = extract_answer(gold)  # GSM8K: what follows ####; MATH: the last box
+        assert gold.strip(), "it is empty"
+    return Problem(text, gold.strip(), tuple(chat))
 
 
 def load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
@@ -801,12 +800,11 @@ def make_base(config: Config, folder: Path) -> str:
         rng = random.Random(seed_of(config.seed, "warm-up", step))
         answers = []
         for place, problem in enumerate(embedded_problems(64, seed=rng.getrandbits(48))):
-            working, start = write_working(problem.question, rng), "Work: "
-            prompt = policy.prompt(problem)
+            prompt, working = policy.prompt(problem), write_working(problem.question, rng)
             if place % 4:
-                prompt += policy.tokens(start)[:-1]
+                prompt += policy.tokens("Work: ")[:-1]
             elif rng.random() < {2: 1 / 32, 3: 1 / 128, 4: 1 / 512}[problem.question.count("*")]:
-                working = start + working
+                working = "Work: " + working
             else:
                 working = "\\boxed{?}"
             answers.append(Answer(0, prompt, policy.tokens(working), advantage=1.0))
@@ -953,17 +951,15 @@ def formula_value(text: str) -> Fraction | float | complex:
 def check_model(model, name: str, longest: int) -> None:
     """Compares greedy sampling and packed log-probs with plain passes, up to the longest text, so
     that scaled logits, attention windows, recurrence and the like show up. Raises UserError."""
-    size, generator = model.get_input_embeddings().weight.shape[0], torch.Generator().manual_seed(0)
-    tokens = torch.randint(size, (longest,), generator=generator).tolist()
+    tokens = random.Random(0).choices(range(model.get_input_embeddings().num_embeddings), k=longest)
     prompts = [tokens[:3], tokens[:3], tokens[4:]]
     with blame(f"{name}: cannot be trained correctly; give a Llama or Qwen model"), torch.no_grad():
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
         assert longest <= limit, f"{limit} positions, texts of {longest}: lower --max_new_tokens"
         sampled = rollout(model, prompts, 1, max_new_tokens=4, temperature=0, eos_token_id=-1,
                           pad_token_id=0)
-        responses = [response for [response] in sampled]
-        packed, _ = response_logprobs(model, prompts, responses)
-        for prompt, response, row in zip(prompts, responses, packed):
+        packed, _ = response_logprobs(model, prompts, [response for [response] in sampled])
+        for prompt, [response], row in zip(prompts, sampled, packed):
             logits = model(torch.tensor([prompt + response], device=model.device)).logits[0]
             best = logits[len(prompt) - 1:-1].log_softmax(-1).max(-1).values  # (4,)
             error = (row - best).abs().max().item()
@@ -1008,10 +1004,9 @@ def open_folder(command: str, config: Config) -> dict:
     free = {"out", "device", "threads", "sample_rows", "micro_tokens", "save_every"}  # rounding
     if command != "collect":
         free |= {"collect_k", "collect_temperature", "collect_top_p"}
-    if found & {"metrics.jsonl", "collected.jsonl", "base", "vanilla"}:
-        for name in set(settings) - free:
-            if settings[name] != old[name]:
-                raise UserError(f"{out}: was run with --{name} {old[name]}; give another --out")
+    changed = [name for name in settings if name not in free and settings[name] != old.get(name)]
+    if changed and found & {"metrics.jsonl", "collected.jsonl", "base", "vanilla"}:
+        raise UserError(f"{out}: was run with another --{changed[0]}; give another --out")
     write_rows(out / "config.json", [settings])
     summary = (saved_rows(out / "summary.json") or [{}])[0]
     print(f"{out}: {'is finished' if summary else 'is under way'}")

@@ -39,10 +39,10 @@ evidence_seed() {
     arm run main
     local base=$at/main/base/policy pool=$at/main/collection/pool.jsonl
     arm train twice --model "$base" --steps 24
-    arm train sft --model "$base" --pool "$pool" --sft_steps 4
+    arm train sft --model "$base" --pool "$pool" --sft_steps 4 --replays 16 --steps 16
     arm train m1 --model "$base" --pool "$pool" --replays 1
     arm train m4 --model "$base" --pool "$pool" --replays 4
-    arm train failed --model "$base" --pool "$pool" --replay_failed
+    arm train failed --model "$base" --pool "$pool" --replay_failed 2
 }
 
 # Ten seeds, two at a time, one core each. Started again, it goes on where it was.
