@@ -1001,10 +1001,11 @@ def open_folder(command: str, config: Config) -> dict:
     with blame(f"{out}: another run is using it; wait, or give another --out"):
         lock = os.open(out / "lock", os.O_CREAT | os.O_RDWR)  # never closed: held until the end
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    free = {"out", "device", "threads", "sample_rows", "micro_tokens", "save_every"}  # rounding
-    if command != "collect":
-        free |= {"collect_k", "collect_temperature", "collect_top_p"}
-    changed = [name for name in settings if name not in free and settings[name] != old.get(name)]
+    later = {"collect_k", "collect_temperature", "collect_top_p"} if command != "collect" else set()
+    free = later | {"out", "device", "threads", "sample_rows", "micro_tokens", "save_every"}
+    moved = str(Path(old.get("out", "")).parent), str(out.parent)  # with a base and pool in it
+    changed = [name for name in settings if name not in free and str(settings[name])
+               not in (str(old.get(name)), str(old.get(name)).replace(*moved, 1))]
     if changed and found & {"metrics.jsonl", "collected.jsonl", "base", "vanilla"}:
         raise UserError(f"{out}: was run with another --{changed[0]}; give another --out")
     write_rows(out / "config.json", [settings])

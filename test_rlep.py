@@ -56,7 +56,7 @@ def chat(text):
 
 def settings(model, **changes):
     """A configuration for the CPU, in which nothing is left to be decided."""
-    fixed = {"model": str(model), "device": "cpu", "bf16": False, "micro_tokens": 1024}
+    fixed = {"model": str(model), "device": "cpu", "bf16": 0, "micro_tokens": 1024}
     return Config(**fixed | changes)
 
 
@@ -88,7 +88,7 @@ def result_of(folder):
             result[name] = path.read_bytes()
         elif path.name == "metrics.jsonl":
             result[name] = [{key: value for key, value in row.items()
-                             if key not in ("seconds", "sample_s", "update_s")}
+                             if key not in ("sample_s", "update_s")}
                             for row in read_rows(path)]
     return result
 
@@ -190,10 +190,6 @@ def test_run_leaves_everything(finished):
         assert all(row["replays"] <= 8 and row["skipped"] == 0 for row in rows[1:])
         assert rows[-1]["reward"] > rows[1]["reward"] + 0.2  # it learns
         assert (finished / arm / "policy/model.safetensors").exists()
-        tokens = sum(r["sampled_tokens"] + r["trained_tokens"] for r in rows[1:])
-        assert own["tokens"] == tokens + (summary["tokens"] if arm == "rlep" else 0)
-    sampled = sum(row["tokens"] for row in read_rows(finished / "collection/collected.jsonl"))
-    assert summary["tokens"] == sampled + summary["vanilla"]["tokens"]
     pool = read_rows(finished / "pool.jsonl")
     held = [row["reward_model"]["candidates"] for row in pool]
     assert summary["questions"] == len(pool) >= 4 and summary["answers"] == sum(map(len, held))
@@ -284,7 +280,7 @@ def test_collection_has_its_own_sampling_and_rules(tiny, data, tmp_path, monkeyp
 
 
 def test_moved_run_goes_on_and_plot(finished, trained, data, tmp_path, capsys, monkeypatch, error):
-    """A relative folder, then plotted: seeds are grouped, tokens counted."""
+    """A relative folder, then plotted: seeds are grouped."""
     shutil.copytree(finished, tmp_path / "a/run")
     for name in ("rlep/summary.json", "rlep/policy/model.safetensors", "summary.json"):
         (tmp_path / "a/run" / name).unlink()
@@ -293,8 +289,7 @@ def test_moved_run_goes_on_and_plot(finished, trained, data, tmp_path, capsys, m
     assert result_of("run") == result_of(finished)
     capsys.readouterr()
     assert main(["plot", "run", str(trained), "--out", "picture"]) == 0
-    table, tokens = capsys.readouterr().out, object_of("run/rlep/summary.json")["tokens"] / 1e6
-    assert re.search(rf"RLEP, M = 2, 6 steps \(1\) .* {tokens:.2f} ± 0.00 \|", table)
+    table = capsys.readouterr().out
     means = [object_of(x / "summary.json")["mean_at_k"] for x in (finished / "vanilla", trained)]
     assert f"vanilla RL, 6 steps (2) | {50 * sum(means):.2f} ± " in table
     assert "nan" not in table and Path("picture/curves.png").exists()
@@ -304,23 +299,26 @@ def test_moved_run_goes_on_and_plot(finished, trained, data, tmp_path, capsys, m
 
 
 def test_controls(finished, data, tmp_path, error):
-    """--sft_steps learns the pool before step 0 and replays nothing; --replay_failed adds M."""
-    command = ["train", *RUN, *data, "--model", f"{finished}/base/policy", "--steps", "1", "--pool",
+    """--sft_steps learns the pool, then replays nothing; --replay_failed adds failed answers."""
+    command = ["train", *RUN, *data, "--model", f"{finished}/base/policy", "--steps", "6", "--pool",
                f"{finished}/pool.jsonl", "--out"]
-    for name, *more in ("plain",), ("failed", "--replay_failed"), ("sft", "--sft_steps", "40"):
+    for name, *more in (("plain",), ("failed", "--replay_failed", "2"),
+                        ("sft", "--sft_steps", "3", "--replays", "9")):
         assert main([*command, f"{tmp_path}/{name}", *more]) == 0
     plain, failed, sft = (read_rows(tmp_path / name / "metrics.jsonl")
                           for name in ("plain", "failed", "sft"))
-    assert sft[0]["mean_at_k"] > plain[0]["mean_at_k"] + 0.2 and sft[1]["replays"] == 0
+    assert sft[3]["mean_at_k"] > sft[0]["mean_at_k"] + 0.2
+    assert [row["replays"] > 0 for row in sft[1:]] == [True] * 3 + [False] * 3
     assert plain[1]["replays"] < failed[1]["replays"] <= 16
-    assert object_of(tmp_path / "failed/summary.json")["arm"] == "RLEP, M = 2, M failed"
+    arms = [object_of(tmp_path / name / "summary.json")["arm"] for name in ("failed", "sft")]
+    assert arms == ["RLEP, M = 2, 2 failed", "3 steps of SFT, then vanilla RL"]
     assert "--replays" in error([*command, tmp_path / "plain", "--replays", "1"])
 
 
 @pytest.mark.parametrize("arm", ["vanilla", "rlep"])
 def test_bf16_goes_on(arm, finished, words, tmp_path, monkeypatch):
     """--bf16 trains fp32 weights, and a stopped run ends as an undisturbed one."""
-    more = ["--steps", 3, "--bf16", "--max_new_tokens", 24]
+    more = ["--steps", 3, "--bf16", 1, "--max_new_tokens", 24]
     more += ["--pool", finished / "pool.jsonl"] if arm == "rlep" else []
     assert main(words(tmp_path / "whole", *more)) == 0
     crash("train_step", 3, words(tmp_path / "stopped", *more))
@@ -445,8 +443,6 @@ def test_collection_goes_on(answered, finished, data, tmp_path, error):
     assert answered == 0 or "--collect_k" in error([*command, "--collect_k", "30"])
     assert main(command) == 0
     assert (out / "pool.jsonl").read_bytes() == (finished / "pool.jsonl").read_bytes()
-    own, whole = (object_of(x / "summary.json") for x in (out, finished))
-    assert own["tokens"] == whole["tokens"]  # with the seed policy's training
     before = snapshot(out)
     assert main(command) == 0 and snapshot(out) == before  # it is finished
     (out / "summary.json").unlink()
@@ -457,8 +453,7 @@ def test_collection_goes_on(answered, finished, data, tmp_path, error):
 def test_flags_that_may_change(interrupted, finished, words, data, tmp_path, monkeypatch, error):
     """Those that bound memory; in `run`, those of a phase that no finished one depends on."""
     shutil.copytree(interrupted, tmp_path / "a")
-    assert main(words(tmp_path / "a", "--steps", 6, "--sample_rows", 8, "--micro_tokens", 64,
-                      "--gradient_checkpointing")) == 0
+    assert main(words(tmp_path / "a", "--steps", 6, "--sample_rows", 8, "--micro_tokens", 64)) == 0
     shutil.copytree(finished, tmp_path / "run")
     for name in ("collection", "rlep"):
         shutil.rmtree(tmp_path / "run" / name)
@@ -662,17 +657,18 @@ LONG = ["--steps", 1, "--max_new_tokens", 40, "--overlong_buffer", 39, "--model"
 @pytest.mark.parametrize("kind, settings", [
     ("qwen2", BASE | dict(use_sliding_window=False, sliding_window=8)),
     ("qwen2", BASE | dict(use_sliding_window=True, sliding_window=400, max_window_layers=1)),
-    ("qwen3", HEADS), ("gemma3_text", HEADS | dict(sliding_window=400)), ("mixtral", EXPERTS),
+    ("qwen3", HEADS), ("gemma3_text", HEADS | dict(sliding_window=400)),
+    ("mixtral", EXPERTS | dict(router_jitter_noise=0.3)),
     ("gpt2", GPT2 | dict(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)),
     ("opt", BASE | dict(ffn_dim=48, word_embed_proj_dim=32, layerdrop=0.5, dropout=0.5))])
 def test_good_models_train_right(kind, settings, model_folder, words, tmp_path):
-    """Packed log-probs in train mode equal a plain pass, and a step trains; dropout is off."""
+    """Packed log-probs equal a plain pass, and a step trains; dropout is off."""
     folder = model_folder(kind, settings)
     policy = load(folder)
     rng, plain = random.Random(0), AutoModelForCausalLM.from_pretrained(folder).eval()
     prompts = [[rng.randrange(2, 22) for _ in range(9)]] * 2 + [[5, 6, 7]]
     responses = [[rng.randrange(2, 22) for _ in range(n)] for n in (40, 7, 21)]
-    logprobs, _ = rlep.response_logprobs(policy.model.train(), prompts, responses)
+    logprobs, _ = rlep.response_logprobs(policy.model, prompts, responses)
     for prompt, response, ours in zip(prompts, responses, logprobs):
         logits = plain(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
         slow = logits.log_softmax(-1)[range(len(response)), response]
@@ -689,7 +685,7 @@ def test_good_models_train_right(kind, settings, model_folder, words, tmp_path):
     ("granite", BASE | dict(logits_scaling=4.0)), ("cohere", BASE | dict(logit_scale=0.25)),
     ("gemma2", HEADS), ("llama", BASE | dict(rope_parameters=LONGROPE)),
     ("lfm2", BASE | dict(full_attn_idxs=[1], block_multiple_of=8)),
-    ("mixtral", EXPERTS | dict(router_jitter_noise=0.3)), ("gpt2", GPT2 | dict(n_positions=40))])
+    ("gpt2", GPT2 | dict(n_positions=40))])
 def test_bad_models_are_refused(kind, settings, model_folder, words, tmp_path, error):
     """What packed rows or the cached sampling would get wrong ends in one line before training."""
     assert "--model" in error(words(tmp_path / "run", *LONG, model_folder(kind, settings)))
@@ -783,7 +779,6 @@ def test_loss_of_one_token(ratio, advantage, dual, objective, slope, clip):
         loss.backward()
         assert loss.item() == pytest.approx(-objective * share)
         assert logprobs.grad[0].tolist() == pytest.approx([-slope * share, 0.0])
-        assert stats.pop("ratio_max") == pytest.approx(max(1.0, ratio))
         assert stats == {name: (name == clip) * share for name in ("clip_low", "clip_high")}
 
 
@@ -851,9 +846,9 @@ def test_sampling_equals_a_slow_loop(kind, temperature, top_p, ends, policy):
     config = settings("", temperature=temperature, top_p=top_p, max_new_tokens=60, seed=3)
     found = list(policy.sample(problems, 4, config, "test", 4))
     flat = [answer for _, answers in found for answer in answers]
-    assert rows[:2] == [3, 12] and len(rows) <= max(map(len, flat)) + 1
-    for t in range(2, len(rows), 2):  # every 2 tokens it is looked which answers have ended
-        assert rows[t] <= sum(len(answer) > t for answer in flat) / 0.9
+    assert rows[:2] == [3, 12] and len(rows) <= max(map(len, flat)) + 3
+    for t in range(4, len(rows), 4):  # every 4 tokens it is looked which answers have ended
+        assert rows[t] <= sum(len(answer) > t for answer in flat) / 0.8
     for problem, answers in found:
         seed = rlep.seed_of(3, "test", 4, problem)
         assert answers == slow_rollout(policy.sampler, prompts[problem], 4, 60, seed, ends,
@@ -910,17 +905,14 @@ def test_prompts_and_responses(policy, tmp_path):
 
 
 def test_loading(tiny, tmp_path):
-    """Dropout is off, gradient checkpointing changes no gradient, missing weights are refused."""
-    folder, found = shutil.copytree(tiny, tmp_path / "model"), []
+    """Dropout is off, missing weights are refused."""
+    folder = shutil.copytree(tiny, tmp_path / "model")
     AutoConfig.from_pretrained(tiny, attention_dropout=0.5).save_pretrained(folder)
-    for checkpointing in (False, True):
-        policy = load(folder, gradient_checkpointing=checkpointing)
-        optimizer, kept = keep_gradients(policy.model)
-        for _ in range(2):
-            rlep.update_policy(policy, optimizer, mini_batch(20), settings(""), 0.0)
-        assert torch.equal(*kept) and policy.model.is_gradient_checkpointing == checkpointing
-        found.append(kept[0])
-    assert torch.allclose(*found, rtol=1e-6, atol=1e-6 * found[0].abs().max().item())
+    policy = load(folder)
+    optimizer, kept = keep_gradients(policy.model)
+    for _ in range(2):
+        rlep.update_policy(policy, optimizer, mini_batch(20), settings(""), 0.0)
+    assert torch.equal(*kept)
     AutoConfig.from_pretrained(tiny, num_hidden_layers=4).save_pretrained(folder)
     with pytest.raises(UserError, match="missing"):
         load(folder)
@@ -928,7 +920,7 @@ def test_loading(tiny, tmp_path):
 
 def test_mixed_precision(tiny):
     """Arithmetic in bf16, weights in fp32 that keep small updates, a copy that follows them."""
-    policy, answers = load(tiny, bf16=True), mini_batch(20)
+    policy, answers = load(tiny, bf16=1), mini_batch(20)
     logprobs, mask = policy.logprobs(answers, 1.0)
     with torch.no_grad():
         exact = torch.cat([slow_logprobs(policy.model, a.prompt, a.response) for a in answers])
@@ -991,7 +983,7 @@ def two_problems():
 def test_groups(policy, two_problems):
     """G fresh answers, M of its own where a question has some; seed, step and question decide."""
     (problems, pool), parts = two_problems, []
-    answers = rlep.make_groups(policy, problems, pool, step_config(replay_failed=True), 1)
+    answers = rlep.make_groups(policy, problems, pool, step_config(replay_failed=2), 1)
     counts = Counter((answer.group, answer.replayed) for answer in answers)
     assert counts == {(0, False): 16, (0, True): 4, (1, False): 16}
     assert all(answer.prompt == policy.prompt(problems[answer.group]) for answer in answers)
@@ -1036,12 +1028,18 @@ def test_a_step(policy, two_problems, monkeypatch):
     assert {a.group for a in first} == {0} and olds + more == [[None] * 18, [None] * 16]
     for a, old in zip(last, kept):
         assert torch.allclose(old, slow_logprobs(start, a.prompt, a.response, 0.6), atol=1e-5)
-    assert row["ratio_max"] > 1.05 and len(last) == 16  # the policy has changed by then
+        now = slow_logprobs(policy.model, a.prompt, a.response, 0.6)
+        assert not torch.allclose(old, now, atol=0.01)  # the policy has changed by then
     assert row["replays"] == 2 and row["zero_variance"] == pytest.approx(1 / 3)
     cut = [len(a.response) == 6 for a in first + second + last if not a.replayed]
     assert row["truncated"] == np.mean(cut) > 0
     rlep.train_step(policy, optimizer, problems, pool, config, 9)
     assert (rate, seen[-1][2]) == (0.02, 0.08)
+    config.sft_steps = 9  # the control: only replays teach, with advantage 1 and ratio 1
+    rlep.train_step(policy, optimizer, problems, pool, config, 9)
+    for answers, olds, _ in seen[-3:]:
+        assert [a.advantage for a in answers] == [float(a.replayed) for a in answers]
+        assert not any(old is not None for old in olds)
 
 
 # ---- Experience pool and data --------------------------------------------------------------------
@@ -1081,13 +1079,11 @@ def test_replays(policy, tmp_path, capsys):
     rows = [pool_row("a", "2", "\\boxed{2}", "\\boxed{3}"), pool_row("b", "4", "\\boxed{4}"),
             pool_row("c", "5", "\\boxed{5}", "12345\\boxed{5}")]
     path = write_rows(tmp_path / "pool.jsonl", rows)
-    (tmp_path / "summary.json").write_text("{\n}")  # of something else
     problems, config = [Problem("c", "5"), Problem("a", "3")], settings("", pool=path)
     config.max_new_tokens = 5
     pool = rlep.load_replays(policy, problems, config)
     assert pool.correct == {problems[0]: ["\\boxed{5}"], problems[1]: ["\\boxed{3}"]}
     assert "2 of 4 answers serve, 2 of 2 questions" in capsys.readouterr().out
-    assert math.isnan(rlep.tokens_of(tmp_path, "collected.jsonl", math.nan))
     assert pool.failed == {problems[1]: ["\\boxed{2}"]}
 
 
@@ -1099,7 +1095,7 @@ def test_problems_of_files(tmp_path):
               "First \\boxed{1}? No: $x=\\fbox{\\frac{1}{2}}$."}, "Find.\nBOX", "\\frac{1}{2}"),
             ({"prompt": chat("Do."), "reward_model": {"ground_truth": "34"}}, "Do.", "34"),  # DAPO
             ({"problem": "Aya", "solution": "\\boxed{9}", "answer": "204"}, "Aya\nBOX", "204"),
-            ({"id": 0, "question": "Cities", "answer": 27.0}, "Cities\nBOX", "27"),  # AMC
+            ({"id": 0, "question": "Cities", "answer": 27.0}, "Cities\nBOX", "27.0"),  # AMC
             ({"question": "q", "reward_model": None, "answer": 0}, "q\nBOX", "0"),
             ({"question": "q", "answer": 2.5}, "q\nBOX", "2.5"),
             (pool_row("r", "3", "\\boxed{3}"), "r", "3")):
@@ -1159,7 +1155,7 @@ def test_evaluation(policy, monkeypatch):
     low, high = rlep.mean_at_k([[True, False]] * 8 + [[True, True]])[1]
     assert (high - low) / 2 == pytest.approx(1.96 * np.std([0.5] * 8 + [1.0], ddof=1) / 3)
     assert rlep.mean_at_k([[True, False]]) == (0.5, [0.5, 0.5])
-    found = [rlep.pass_at_k(correct, k) for k in (None, 1, 2)]
+    found = [rlep.pass_at_k(correct, k) for k in (4, 1, 2)]
     assert found == pytest.approx([2 / 3, 5 / 12, (0.5 + 1 + 0) / 3])  # 1 - C(3, 2) / C(4, 2) = 0.5
     answers = [["3", "1", "1", None], ["5", "5", "6", "6"], [None, None, None, "2"]]
     marks = [[True, False, False, False], [True, True, False, False], [False, False, False, True]]
@@ -1256,7 +1252,7 @@ def test_hostile_input_is_false_fast_and_never_raises(text):
 def test_readme_blocks(tmp_path, monkeypatch):
     """The README's Python runs as it stands, where it needs no download."""
     readme = Path(__file__).with_name("README.md").read_text()
-    config = Config(device="cpu", bf16=False, micro_tokens=512, warmup_steps=1)
+    config = Config(device="cpu", bf16=0, micro_tokens=512, warmup_steps=1)
     monkeypatch.chdir(tmp_path)
     rlep.make_base(config, Path("runs/run-seed0/base"))
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
@@ -1274,7 +1270,7 @@ def bench(argv):
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     prompts = [row["prompt"] for row in read_rows(given.prompts)]
-    config = settings(given.model, bf16=bool(given.bf16), group_size=given.group_size,
+    config = settings(given.model, bf16=given.bf16, group_size=given.group_size,
                       max_new_tokens=given.max_new_tokens, minibatch_prompts=len(prompts),
                       learning_rate=0.0, micro_tokens=512)  # at rate 0 the steps are alike
     problems, coin = [Problem(prompt, "0") for prompt in prompts], random.Random(0)
