@@ -8,17 +8,17 @@ rlep.py plot RUN [RUN ...]        table and picture of finished runs, arm by arm
 
 The method (section 3 of the paper; Eq. 1 and 5: group_advantages, Eq. 3 and 4: policy_loss):
     1. train: vanilla RL from the base model (GRPO, token mean, clip-higher)
-    2. collect: it answers every training question many times; the pool gets what is correct
+    2. collect: that policy answers every question many times; what is correct fills the pool
     3. train --pool: RL from the base model again; G fresh answers to a question and M from the
        pool are one group with one baseline (make_groups)
 Not as in the authors' code (a fork of verl; they never published their collection):
     - a question with fewer than M pool answers uses what it has; theirs adds empty ones scored -1
     - a replay that is too long is left out; theirs is cut and loses its end token
-    - the token mean is over the whole mini-batch; theirs over each micro-batch
+    - the token mean is over the whole mini-batch (Eq. 3: one group); theirs over a micro-batch
     - mini-batches are counted in questions, so 8 updates a rollout; theirs in answers of G, so 9
     - lengths and masks are explicit; theirs follow from the padding token
-As there, but not in the paper: dual clip, unbiased std, and the current policy's log-probs as the
-old log-probs of replays (see policy_loss).
+As there, but not in the paper: dual clip, unbiased std, and log-probs of the policy at the start of
+the step as the old log-probs of replays (see policy_loss).
 """
 import argparse
 import copy
@@ -66,7 +66,7 @@ class Config:
     pool: str = ""  # experience pool to replay, a .jsonl file: with one, train is RLEP
     out: str = ""  # folder of the run; without one, runs/COMMAND-MODEL-DATA-POOL-seedN
     seed: int = 0  # decides the tiny model's weights, order of questions, sampling and replay
-    device: str = DEVICE  # cpu, cuda or mps
+    device: str = DEVICE  # cpu, cuda, mps or another that torch has
     bf16: int = int(DEVICE == "cuda")  # 1: bf16 arithmetic on fp32 weights, 0: all in fp32
     threads: int = 0  # CPU threads, 0: torch decides; a run repeats exactly on equal threads
     # Rollouts (section 3.1)
@@ -118,7 +118,7 @@ class Answer:
     correct: bool = False
     reward: float = 0.0
     advantage: float = 0.0  # Eq. 5, the same for all its tokens
-    old_logprobs: Tensor | None = None  # (t,) of pi_old; None while the policy still is pi_old
+    old_logprobs: Tensor | None = None  # (t,) of pi_old; None: the policy's own, so ratio 1
 
 
 class UserError(Exception):
@@ -165,9 +165,9 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     logprobs, old_logprobs, mask (n, t), the mask 0/1 of any dtype; advantages (n,), one an answer.
     dual_clip (authors' code; 0 or None: off) keeps the objective above dual_clip A where A < 0.
     num_tokens: those of the whole mini-batch, if this is one of its micro-batches, whose losses add
-    up. Returns the loss and the shares of tokens that each clip decided.
-    Replayed answers: the authors take their old log-probs from the current policy, though another
-    one wrote them, and so do we. Their ratio starts at 1: replay is imitation, weighted by A."""
+    up. Returns the loss and the shares of tokens that clip_low and clip_high decided.
+    Replayed answers: the authors take their old log-probs from the policy at the start of the step,
+    not from the one that wrote them. So do we: replay is imitation, weighted by A."""
     mask, advantages = mask.bool(), advantages[:, None]
     num_tokens = num_tokens or int(mask.sum())
     ratio = torch.exp(torch.where(mask, logprobs - old_logprobs, 0.0))  # pi_theta / pi_old
@@ -185,7 +185,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
 # ---- The policy ----------------------------------------------------------------------------------
 class Policy:
     """A causal language model with its tokenizer. Weights are fp32: an update of 1e-6 would be
-    rounded away in bf16. With --bf16 the update's arithmetic is bf16 (torch.autocast), and
+    rounded away in bf16. With --bf16 1 the update's arithmetic is bf16 (torch.autocast), and
     a bf16 copy samples. Raises UserError if it cannot be loaded whole or trained correctly."""
 
     def __init__(self, config: Config, problems: list[Problem]):
@@ -202,8 +202,8 @@ class Policy:
             if self.tokenizer.chat_template:  # an assistant's turn need not end with the eos token
                 turn = self.render([("user", "1"), ("assistant", "ANSWER")]).rpartition("ANSWER")[2]
                 special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
-                turn = self.tokenizer(turn, add_special_tokens=False).input_ids
-                self.end = next((token for token in turn if token in special), self.end)
+                tokens = self.tokenizer(turn, add_special_tokens=False).input_ids
+                self.end = next((token for token in tokens if token in special), self.end)
             lengths = [len(self.prompt(problem)) for problem in problems]
             assert self.end is not None and 0 not in lengths, "no end token, or it renders nothing"
         stops = self.model.generation_config.eos_token_id or []
@@ -377,11 +377,11 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
 
 class RoomyLayer(DynamicLayer):
     """A cache layer that writes in place: the stock one copies all that it holds at every token."""
-    length = 0  # places used in keys and values (rows, heads, places, d)
+    length = 0  # places in use, of (rows, heads, places, d); get_seq_length counts the others too
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         start, self.length = self.length, self.length + keys.shape[2]
-        if start == 0 or start == self.keys.shape[2]:  # full: the stock layer adds 64 places
+        if start == 0 or start == self.keys.shape[2]:  # no place: the stock layer adds 64 too many
             super().update(*(torch.nn.functional.pad(x, (0, 0, 0, 64)) for x in (keys, values)))
         self.keys[:, :, start:self.length] = keys
         self.values[:, :, start:self.length] = values
@@ -493,7 +493,7 @@ def update_policy(policy: Policy, optimizer, answers: list[Answer], config, lear
     for batch in micro_batches([a for a in answers if a.advantage], config.micro_tokens):
         logprobs, mask = policy.logprobs(batch, config.temperature)
         old_logprobs = logprobs.detach()  # ratio 1
-        if batch[0].old_logprobs is not None:  # from the second mini-batch on
+        if batch[0].old_logprobs is not None:  # from the second mini-batch on, unless supervised
             old_logprobs = pad_sequence([a.old_logprobs for a in batch], batch_first=True)
         advantages = torch.tensor([a.advantage for a in batch], device=mask.device)
         loss, shares = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip_low,
@@ -509,7 +509,7 @@ def update_policy(policy: Policy, optimizer, answers: list[Answer], config, lear
 
 
 def train_step(policy: Policy, optimizer, problems, pool, config, step: int) -> dict:
-    """One rollout and its updates: RLEP with a pool, vanilla RL without. Returns the metrics."""
+    """One rollout and its updates: RLEP with a pool, else vanilla RL. Returns the metrics."""
     # 1. G fresh answers to each question, M replayed ones beside them, and their rewards.
     start = time.perf_counter()
     answers = make_groups(policy, problems, pool, config, step)
@@ -517,9 +517,9 @@ def train_step(policy: Policy, optimizer, problems, pool, config, step: int) -> 
     # 2. One baseline for all answers of a group, fresh and replayed (Eq. 5).
     rewards = torch.tensor([answer.reward for answer in answers])
     groups = torch.tensor([answer.group for answer in answers])
-    supervised = step <= config.sft_steps  # the control: advantage 1, ratio 1, for replays only
+    supervised = 0 < step <= config.sft_steps  # the control: advantage 1 for right replays, else 0
     for answer, advantage in zip(answers, group_advantages(rewards, groups).tolist()):
-        answer.advantage = float(answer.replayed) if supervised else advantage
+        answer.advantage = float(answer.replayed and answer.correct) if supervised else advantage
     # 3. Old log-probs for all mini-batches but the first, before which the policy does not change.
     size = config.minibatch_prompts
     later = [a for a in answers if a.group >= size and a.advantage and not supervised]
@@ -616,8 +616,8 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem]) -> d
         row = {"step": step}
         if step > 0:  # shuffled epochs, each less the rest that does not fill a step
             epoch, place = divmod(step - 1, len(problems) // size)
-            order = random.Random(seed_of(config.seed, "order", epoch))
-            batch = order.sample(problems, len(problems))[place * size:(place + 1) * size]
+            rng = random.Random(seed_of(config.seed, "order", epoch))
+            batch = rng.sample(problems, len(problems))[place * size:(place + 1) * size]
             replays = None if 0 < config.sft_steps < step else pool
             row |= train_step(policy, optimizer, batch, replays, config, step)
         if step % config.eval_every == 0 or step == config.steps:
@@ -642,8 +642,8 @@ def load_replays(policy: Policy, problems, config: Config) -> ExperiencePool:
         for text in stored.correct.get(problem, []) + stored.failed.get(problem, []):
             if len(policy.tokens(text)) <= config.max_new_tokens:
                 pool.add(problem.question, problem.gold, text, problem.chat)
-    print(f"{config.pool}: {len(pool)} of {len(stored)} answers serve, {len(pool.correct)} of "
-          f"{len(problems)} questions (others are too long, wrong or to other questions)")
+    print(f"{config.pool}: {len(pool)} of {len(stored)} correct answers serve, to {len(pool.correct)} "
+          f"of {len(problems)} questions (others are too long, wrong or to other questions)")
     if not pool.correct:
         raise UserError(f"{config.pool}: no answer to a question of the --data; give its own")
     return pool
@@ -682,11 +682,11 @@ def run(config: Config, problems: list[Problem], held_out: list[Problem]) -> Non
     """The whole method: base model, vanilla RL, collection, RLEP from the base, comparison."""
     out = Path(config.out)
     open_folder("run", config)
-    arm = replace(config, model=config.model or make_base(config, out / "base"))
-    vanilla = train(replace(arm, out=f"{out}/vanilla"), problems, held_out)
-    pool = collect(replace(arm, out=f"{out}/collection", model=f"{out}/vanilla/policy"), problems)
+    own = replace(config, model=config.model or make_base(config, out / "base"))
+    vanilla = train(replace(own, out=f"{out}/vanilla"), problems, held_out)
+    pool = collect(replace(own, out=f"{out}/collection", model=f"{out}/vanilla/policy"), problems)
     shutil.copy(out / "collection/pool.jsonl", out)
-    rlep = train(replace(arm, out=f"{out}/rlep", pool=f"{out}/pool.jsonl"), problems, held_out)
+    rlep = train(replace(own, out=f"{out}/rlep", pool=f"{out}/pool.jsonl"), problems, held_out)
     table = compare([out], out)
     write_rows(out / "summary.json", [{**pool, "vanilla": vanilla, "rlep": rlep, "table": table}])
     print(f"\n{table}\n\npool: {pool['answers']} answers to {pool['questions']} questions")
@@ -734,8 +734,8 @@ def load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
     held_out = read(config.eval_data)[:size] if config.eval_data else problems[-size:]
     if not (config.data and config.eval_data):
         problems = problems[:-size]
-    if not problems or not held_out:
-        raise UserError(f"{config.data} {config.eval_data}: too few problems; lower --eval_size")
+    if not held_out or len(problems) < max(1, config.train_size):
+        raise UserError(f"problems {config.data} {config.eval_data}: lower --train_size, --eval_size")
     return problems[:config.train_size or None], held_out
 
 
@@ -794,11 +794,11 @@ def make_base(config: Config, folder: Path) -> str:
     if (folder / "policy").exists():
         return str(folder / "policy")
     save_untrained(folder / "initial", seed_of(config.seed, "weights"))
-    policy = Policy(replace(config, model=f"{folder}/initial"), embedded_problems(3, seed=0))
+    config = replace(config, model=f"{folder}/initial", temperature=1.0)
+    policy = Policy(config, embedded_problems(3, seed=0))
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.01)
     for step in tqdm(range(config.warmup_steps), "warm-up, in place of pretraining"):
-        rng = random.Random(seed_of(config.seed, "warm-up", step))
-        answers = []
+        rng, answers = random.Random(seed_of(config.seed, "warm-up", step)), []
         for place, problem in enumerate(embedded_problems(64, seed=rng.getrandbits(48))):
             prompt, working = policy.prompt(problem), write_working(problem.question, rng)
             if place % 4:
@@ -952,8 +952,8 @@ def check_model(model, name: str, longest: int) -> None:
     """Compares greedy sampling and packed log-probs with plain passes, up to the longest text, so
     that scaled logits, attention windows, recurrence and the like show up. Raises UserError."""
     tokens = random.Random(0).choices(range(model.get_input_embeddings().num_embeddings), k=longest)
-    prompts = [tokens[:3], tokens[:3], tokens[4:]]
-    with blame(f"{name}: cannot be trained correctly; give a Llama or Qwen model"), torch.no_grad():
+    prompts = [tokens[:3], tokens[:3], tokens[4:]]  # shared by two, and as long as may be
+    with blame(f"{name}: not trained correctly, as Llama or Qwen would be"), torch.no_grad():
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
         assert longest <= limit, f"{limit} positions, texts of {longest}: lower --max_new_tokens"
         sampled = rollout(model, prompts, 1, max_new_tokens=4, temperature=0, eos_token_id=-1,
@@ -969,7 +969,7 @@ def check_model(model, name: str, longest: int) -> None:
 # ---- Run folders ---------------------------------------------------------------------------------
 @contextmanager
 def written_whole(path: str | Path):
-    """Gives a path to write to, which then replaces path: a crash leaves no half of anything."""
+    """Gives a path to write to, which then replaces path: a crash leaves nothing half written."""
     path, unfinished = Path(path), Path(f"{path}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     with blame(f"{unfinished}: not written; make room"):
@@ -1003,7 +1003,7 @@ def open_folder(command: str, config: Config) -> dict:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     later = {"collect_k", "collect_temperature", "collect_top_p"} if command != "collect" else set()
     free = later | {"out", "device", "threads", "sample_rows", "micro_tokens", "save_every"}
-    moved = str(Path(old.get("out", "")).parent), str(out.parent)  # with a base and pool in it
+    moved = str(Path(old.get("out", "")).parent), str(out.parent)  # base and pool may be in there
     changed = [name for name in settings if name not in free and str(settings[name])
                not in (str(old.get(name)), str(old.get(name)).replace(*moved, 1))]
     if changed and found & {"metrics.jsonl", "collected.jsonl", "base", "vanilla"}:

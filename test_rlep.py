@@ -177,7 +177,7 @@ def policy(tiny):
 
 # ---- The real path -------------------------------------------------------------------------------
 def test_run_leaves_everything(finished):
-    """Every file, with what other programs read; RLEP alone replays; collection asks the policy."""
+    """Every file, with what other programs read; RLEP alone replays; the pool is verified."""
     summary = object_of(finished / "summary.json")
     for arm in ("vanilla", "rlep"):
         own = object_of(finished / arm / "summary.json")
@@ -317,7 +317,7 @@ def test_controls(finished, data, tmp_path, error):
 
 @pytest.mark.parametrize("arm", ["vanilla", "rlep"])
 def test_bf16_goes_on(arm, finished, words, tmp_path, monkeypatch):
-    """--bf16 trains fp32 weights, and a stopped run ends as an undisturbed one."""
+    """--bf16 1 trains fp32 weights, and a stopped run ends as an undisturbed one."""
     more = ["--steps", 3, "--bf16", 1, "--max_new_tokens", 24]
     more += ["--pool", finished / "pool.jsonl"] if arm == "rlep" else []
     assert main(words(tmp_path / "whole", *more)) == 0
@@ -435,7 +435,7 @@ def test_leftovers_of_a_crash_do_no_harm(leave, interrupted, trained, words, tmp
 
 @pytest.mark.parametrize("answered", [0, 1, 3])
 def test_collection_goes_on(answered, finished, data, tmp_path, error):
-    """Stopped between batches of four questions: the same pool and counts."""
+    """Stopped between batches of four questions: the same pool."""
     out, command = tmp_path / "out", ["collect", *RUN, *data]
     command += ["--model", f"{finished}/vanilla/policy", "--out", f"{out}"]
     crash("write_rows", answered + 2, command)  # the first row is the configuration
@@ -451,7 +451,7 @@ def test_collection_goes_on(answered, finished, data, tmp_path, error):
 
 
 def test_flags_that_may_change(interrupted, finished, words, data, tmp_path, monkeypatch, error):
-    """Those that bound memory; in `run`, those of a phase that no finished one depends on."""
+    """Those that bound memory; in `run`, those of a collection not yet begun."""
     shutil.copytree(interrupted, tmp_path / "a")
     assert main(words(tmp_path / "a", "--steps", 6, "--sample_rows", 8, "--micro_tokens", 64)) == 0
     shutil.copytree(finished, tmp_path / "run")
@@ -1083,7 +1083,7 @@ def test_replays(policy, tmp_path, capsys):
     config.max_new_tokens = 5
     pool = rlep.load_replays(policy, problems, config)
     assert pool.correct == {problems[0]: ["\\boxed{5}"], problems[1]: ["\\boxed{3}"]}
-    assert "2 of 4 answers serve, 2 of 2 questions" in capsys.readouterr().out
+    assert "2 of 4 correct answers serve, to 2 of 2 questions" in capsys.readouterr().out
     assert pool.failed == {problems[1]: ["\\boxed{2}"]}
 
 
@@ -1279,7 +1279,7 @@ def bench(argv):
     rlep.score = lambda *_: (False, coin.choice((-1.0, 1.0)))
     optimizer = torch.optim.AdamW(policy.model.parameters())
     rows = []
-    for step in range(given.steps + 1):  # the first warms up
+    for step in range(1, given.steps + 2):  # the first warms up
         rows.append(rlep.train_step(policy, optimizer, problems, None, config, step))
     tokens, sample, update = (np.array([row[name] for row in rows[1:]])
                               for name in ("sampled_tokens", "sample_s", "update_s"))
