@@ -642,8 +642,8 @@ def load_replays(policy: Policy, problems, config: Config) -> ExperiencePool:
         for text in stored.correct.get(problem, []) + stored.failed.get(problem, []):
             if len(policy.tokens(text)) <= config.max_new_tokens:
                 pool.add(problem.question, problem.gold, text, problem.chat)
-    print(f"{config.pool}: {len(pool)} of {len(stored)} correct answers serve, to {len(pool.correct)} "
-          f"of {len(problems)} questions (others are too long, wrong or to other questions)")
+    print(f"{config.pool}: {len(pool)} of {len(stored)} correct answers serve, to "
+          f"{len(pool.correct)} of {len(problems)} questions (others: too long, wrong or unasked)")
     if not pool.correct:
         raise UserError(f"{config.pool}: no answer to a question of the --data; give its own")
     return pool
@@ -735,7 +735,7 @@ def load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
     if not (config.data and config.eval_data):
         problems = problems[:-size]
     if not held_out or len(problems) < max(1, config.train_size):
-        raise UserError(f"problems {config.data} {config.eval_data}: lower --train_size, --eval_size")
+        raise UserError(f"{config.data} {config.eval_data}: lower --train_size or --eval_size")
     return problems[:config.train_size or None], held_out
 
 

@@ -1011,7 +1011,7 @@ def test_a_step(policy, two_problems, monkeypatch):
 
     def score(policy, asked, response, config):
         reward = 1.0 if policy.text(response) in right else -1.0
-        return False, reward if asked != third else float(sum(response) % 3)
+        return reward > 0, reward if asked != third else float(sum(response) % 3)
 
     def update(policy, optimizer, answers, config, rate):
         seen.append((answers, [answer.old_logprobs for answer in answers], rate))
