@@ -735,7 +735,7 @@ def load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
     if not (config.data and config.eval_data):
         problems = problems[:-size]
     if not held_out or len(problems) < max(1, config.train_size):
-        raise UserError(f"{config.data} {config.eval_data}: lower --train_size or --eval_size")
+        raise UserError(f"{config.data} {config.eval_data}: too few for --train_size, --eval_size")
     return problems[:config.train_size or None], held_out
 
 
