@@ -381,7 +381,7 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         start, self.length = self.length, self.length + keys.shape[2]
-        if start == 0 or start == self.keys.shape[2]:  # no place: the stock layer adds 64 too many
+        if start == 0 or start == self.keys.shape[2]:  # no place: these and 64 more are added
             super().update(*(torch.nn.functional.pad(x, (0, 0, 0, 64)) for x in (keys, values)))
         self.keys[:, :, start:self.length] = keys
         self.values[:, :, start:self.length] = values
