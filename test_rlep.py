@@ -70,7 +70,6 @@ class Crash(BaseException):
 
 
 def object_of(path):
-    """The object in a JSON file."""
     return json.loads(Path(path).read_text())
 
 
@@ -87,8 +86,7 @@ def result_of(folder):
         if "policy/" in name or path.name == "pool.jsonl":
             result[name] = path.read_bytes()
         elif path.name == "metrics.jsonl":
-            result[name] = [{key: value for key, value in row.items()
-                             if key not in ("sample_s", "update_s")}
+            result[name] = [{key: value for key, value in row.items() if not key.endswith("_s")}
                             for row in read_rows(path)]
     return result
 
@@ -270,9 +268,8 @@ def test_collection_has_its_own_sampling_and_rules(tiny, data, tmp_path, monkeyp
 
     monkeypatch.setattr(rlep, "rollout", fake)
     assert main(["collect", *data, "--model", str(tiny), "--out", f"{tmp_path}/out",
-                 *"--threads 1 --temperature 0.5 --top_p 0.6 "
-                 "--collect_temperature 1.7 --collect_top_p 0.9 "
-                 "--collect_k 3 --sample_rows 6".split()]) == 0
+                 *"--threads 1 --temperature 0.5 --top_p 0.6 --collect_temperature 1.7 "
+                 "--collect_top_p 0.9 --collect_k 3 --sample_rows 6".split()]) == 0
     assert set(seen) == {(3, 1.7, 0.9)} and not groups
     held = [row["reward_model"]["candidates"] for row in read_rows(tmp_path / "out/pool.jsonl")]
     texts = [policy.text(response) for response in (right, other)]
@@ -466,9 +463,8 @@ def test_flags_that_may_change(interrupted, finished, words, data, tmp_path, mon
     assert list(before.values()) == list(after.values())
 
 
-@pytest.mark.parametrize("name, value", [
-    ("learning_rate", 0.5), ("group_size", 5), ("clip_high", 0.1), ("data", ""),
-    ("pool", "POOL"), ("model", "OTHER")])
+@pytest.mark.parametrize("name, value", [("learning_rate", 0.5), ("group_size", 5), ("data", ""),
+                                         ("clip_high", 0.1), ("pool", "POOL"), ("model", "OTHER")])
 def test_another_setting_is_refused(name, value, interrupted, finished, words, tmp_path, error):
     """The line names what differs; nothing is changed."""
     shutil.copytree(interrupted, tmp_path / "run")
@@ -528,8 +524,7 @@ def test_full_disk(what, limit, interrupted, trained, words, start, tmp_path):
 
 @pytest.mark.parametrize("content", [
     {"config.json": '{"compilerOptions": {"strict": true}}', "src.js": "alert(1)"},
-    {"config.json": "{}"}, {"config.json": "\udcff"}, {"notes.txt": "mine"}, "model", "inside",
-    "file"])
+    {"config.json": "{}"}, {"config.json": "\udcff"}, {"note": "mine"}, "model", "inside", "file"])
 def test_folders_of_others_are_not_touched(content, tiny, words, tmp_path, error):
     """A JavaScript project, a model, a file: refused in a line, not a byte changed."""
     out, more = tmp_path / "mine", []
@@ -552,10 +547,9 @@ def bad(files, finished, tmp_path_factory):
     """Files and models that are wrong in one way each; BAD/NAME in the table below."""
     folder, good = tmp_path_factory.mktemp("bad"), '{"question": "1+1?", "answer": "2"}\n'
     texts = {"empty": "", "blank": "\n\n", "list": "[1, 2]\n", "one": good, "torn": f'{good}\n{{"q',
-             "deep": "[" * 50_000 + "\n",
+             "deep": "[" * 50_000 + "\n", "chat": '{"prompt": [{"role": "user"}], "answer": 1}\n',
              "no_question": '{"answer": "2"}\n', "no_answer": '{"question": "a?", "answer": " "}\n',
              "reward_text": '{"question": "a?", "reward_model": "7"}\n',
-             "chat": '{"prompt": [{"role": "user"}], "answer": 1}\n',
              "no_texts": '{"question": "a?", "reward_model": {"ground_truth": "2"}}\n',
              "others": '{"question": "a", "answer": 2, "reward_model": {"candidates": ["A: 2"]}}\n',
              "failed": good.replace("}", ', "reward_model": {"candidates": []}, '
@@ -587,7 +581,7 @@ train --sft_steps 5 => --pool | eval => --model | collect => --model |
 run --pool BAD/absent => --pool | eval --model BAD/absent => absent |
 eval TINY --eval_data BAD/absent => absent | train --model BAD/short => positions |
 train --model BAD/layers => missing | train TINY --data BAD/one => BAD/one |
-train TINY --eval_data BAD/empty => BAD/empty"""
+train TINY --eval_data BAD/empty => BAD/empty | train TINY DATA --train_size 17 => --train_size"""
 BAD = [(line, line.split()[0]) for line in re.split(r" \|\s", FLAGS)]
 BAD += [line.split(" => ") for line in re.split(r" \|\s", OTHERS)]
 BAD += [(f"train --model BAD/{name}", name)
@@ -651,7 +645,7 @@ def model_folder(tiny, tmp_path):
     return make
 
 
-LONG = ["--steps", 1, "--max_new_tokens", 40, "--overlong_buffer", 39, "--model"]
+LONG = "--steps 1 --max_new_tokens 40 --overlong_buffer 39 --prompts_per_step 99 --model".split()
 
 
 @pytest.mark.parametrize("kind, settings", [
@@ -683,9 +677,8 @@ def test_good_models_train_right(kind, settings, model_folder, words, tmp_path):
     ("gemma3", dict(text_config=HEADS | dict(sliding_window=30), vision_config=VISION,
                     mm_tokens_per_image=1, image_token_id=39, boi_token_id=38, eoi_token_id=37)),
     ("granite", BASE | dict(logits_scaling=4.0)), ("cohere", BASE | dict(logit_scale=0.25)),
-    ("gemma2", HEADS), ("llama", BASE | dict(rope_parameters=LONGROPE)),
-    ("lfm2", BASE | dict(full_attn_idxs=[1], block_multiple_of=8)),
-    ("gpt2", GPT2 | dict(n_positions=40))])
+    ("llama", BASE | dict(rope_parameters=LONGROPE)), ("gpt2", GPT2 | dict(n_positions=40)),
+    ("gemma2", HEADS), ("lfm2", BASE | dict(full_attn_idxs=[1], block_multiple_of=8))])
 def test_bad_models_are_refused(kind, settings, model_folder, words, tmp_path, error):
     """What packed rows or the cached sampling would get wrong ends in one line before training."""
     assert "--model" in error(words(tmp_path / "run", *LONG, model_folder(kind, settings)))
@@ -857,11 +850,13 @@ def test_sampling_equals_a_slow_loop(kind, temperature, top_p, ends, policy):
     for config.sample_rows in (1, 8):
         assert list(policy.sample(problems, 4, config, "test", 4)) == found
     assert list(policy.sample(problems[1:2], 4, config, "test", 4)) == found[1:2]
-    config.temperature, policy.ends = 0, [1]
-    for problem, group in policy.sample(problems, 3, config, "test"):
+    config.temperature, config.max_new_tokens, policy.ends = 0, 150, [1]  # more than one room
+    greedy = list(policy.sample(problems, 3, config, "test"))
+    assert max(len(group[0]) for _, group in greedy) > 130
+    for problem, group in greedy:
         ids = torch.tensor([prompts[problem]])
         whole = policy.sampler.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                                        max_new_tokens=60)
+                                        max_new_tokens=150)
         assert group == [whole[0, ids.shape[1]:].tolist()] * 3
 
 
@@ -1035,11 +1030,22 @@ def test_a_step(policy, two_problems, monkeypatch):
     assert row["truncated"] == np.mean(cut) > 0
     rlep.train_step(policy, optimizer, problems, pool, config, 9)
     assert (rate, seen[-1][2]) == (0.02, 0.08)
-    config.sft_steps = 9  # the control: only replays teach, with advantage 1 and ratio 1
-    rlep.train_step(policy, optimizer, problems, pool, config, 9)
-    for answers, olds, _ in seen[-3:]:
-        assert [a.advantage for a in answers] == [float(a.replayed) for a in answers]
-        assert not any(old is not None for old in olds)
+
+
+def test_a_supervised_step(policy, two_problems, monkeypatch):
+    """The control: right replays teach, with advantage 1 and ratio 1; nothing else does."""
+    (problems, pool), seen = two_problems, []
+    pool.add(problems[1].question, problems[1].gold, f"\\boxed{{{problems[1].gold}}}")
+    monkeypatch.setattr(rlep, "update_policy", lambda *given: seen.extend(given[2]) or {})
+    monkeypatch.setattr(rlep, "score", lambda policy, problem, response, _: (
+        policy.text(response) in pool.correct[problem] or len(response) == 6, 0.0))
+    config = step_config(sft_steps=2, replay_failed=2)
+    for step in (2, 3):
+        rlep.train_step(policy, None, problems, pool, config, step)
+        kinds = {(a.replayed, a.correct, a.advantage) for a in seen}
+        assert len({kind[:2] for kind in kinds}) == 4 and not any(a.old_logprobs for a in seen)
+        assert all(x == (step == 2 and replayed and right) for replayed, right, x in kinds)
+        seen.clear()
 
 
 # ---- Experience pool and data --------------------------------------------------------------------
@@ -1098,6 +1104,7 @@ def test_problems_of_files(tmp_path):
             ({"id": 0, "question": "Cities", "answer": 27.0}, "Cities\nBOX", "27.0"),  # AMC
             ({"question": "q", "reward_model": None, "answer": 0}, "q\nBOX", "0"),
             ({"question": "q", "answer": 2.5}, "q\nBOX", "2.5"),
+            ({"question": "q", "answer": "", "solution": "so \\boxed{3}"}, "q\nBOX", "3"),
             (pool_row("r", "3", "\\boxed{3}"), "r", "3")):
         problem = rlep.row_to_problem(row, "f:1")
         assert problem == Problem(question.replace("BOX", rlep.BOXED), "") and problem.gold == gold
@@ -1139,10 +1146,10 @@ def test_what_the_base_is_taught(tiny, tmp_path, monkeypatch):
             begun = prompt.endswith("Work: ")
             taught[begun, text == "\\boxed{?}"] += 1
             works[prompt.count("*")] += not begun and text.startswith("Work: ")
-            assert answer.advantage == 1 and begun != (text[0] in "W\\")
+            assert answer.advantage == config.temperature == 1 and begun != (text[0] in "W\\")
 
     monkeypatch.setattr(rlep, "update_policy", update)
-    rlep.make_base(settings("", warmup_steps=150), tmp_path)
+    rlep.make_base(settings("", warmup_steps=150, temperature=0.5), tmp_path)
     assert taught[True, False] == 7200 and not taught[True, True]
     assert taught[False, False] == sum(works.values()) < 0.03 * 2400
     assert works[2] > 2 * works[3] > 2 * works[4]
@@ -1234,10 +1241,9 @@ def test_extraction(response, gold, expected):
     assert verify(response, gold) is expected
 
 
-HOSTILE = ["(" * 400, r"\frac{1}{" * 90, "9^" * 300 + "9", "9" * 900, "1e999999",
+HOSTILE = ["(" * 5000, r"\frac{1}{" * 90, "9^" * 300 + "9", "9" * 900, "1e999999",
            "10^{10^{10}}", "0^{-1}", r"\sqrt[0]{6}", "().__class__", "\ud800", "\x00", "nan",
-           r"\pm" * 200, "1," * 400, "-" * 900,
-           "{" * 400 + "6" + "}" * 400, "(-" * 300, "(" * 5000, "1," * 9000]
+           r"\pm" * 200, "(-" * 300, "-" * 900, "{" * 400 + "6" + "}" * 400, "1," * 9000]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -1283,10 +1289,9 @@ def bench(argv):
         rows.append(rlep.train_step(policy, optimizer, problems, None, config, step))
     tokens, sample, update = (np.array([row[name] for row in rows[1:]])
                               for name in ("sampled_tokens", "sample_s", "update_s"))
-    print(json.dumps({"sample_tok_s": np.median(tokens / sample),
+    print(json.dumps({"sample_tok_s": np.median(tokens / sample), "mean_length": rows[-1]["length"],
                       "update_tok_s": np.median(tokens / update),
                       "step_tok_s": np.median(tokens / (sample + update)),
-                      "mean_length": rows[-1]["length"],
                       "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 
 
