@@ -440,9 +440,8 @@ def token_logprobs(hidden: Tensor, head, targets: Tensor, temperature: float) ->
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
 
     size = max(64, 2**24 // head.weight.shape[0])  # 64 MiB of fp32 logits
-    chunks = []
-    for part in zip(hidden.split(size), targets.split(size)):
-        chunks.append(recomputed(logprobs, *part, use_reentrant=False, preserve_rng_state=False))
+    chunks = [recomputed(logprobs, *part, use_reentrant=False, preserve_rng_state=False)
+              for part in zip(hidden.split(size), targets.split(size))]
     return torch.cat(chunks)
 
 
@@ -517,12 +516,13 @@ def train_step(policy: Policy, optimizer, problems, pool, config, step: int) -> 
     # 2. One baseline for all answers of a group, fresh and replayed (Eq. 5).
     rewards = torch.tensor([answer.reward for answer in answers])
     groups = torch.tensor([answer.group for answer in answers])
-    supervised = 0 < step <= config.sft_steps  # the control: advantage 1 for right replays, else 0
+    supervised = 0 < step <= config.sft_steps  # the control: right replays alone, advantage 1
     for answer, advantage in zip(answers, group_advantages(rewards, groups).tolist()):
         answer.advantage = float(answer.replayed and answer.correct) if supervised else advantage
     # 3. Old log-probs for all mini-batches but the first, before which the policy does not change.
     size = config.minibatch_prompts
-    later = [a for a in answers if a.group >= size and a.advantage and not supervised]
+    teaching = [answer for answer in answers if answer.advantage]
+    later = [answer for answer in teaching if answer.group >= size and not supervised]
     with torch.no_grad():
         for batch in micro_batches(later, config.micro_tokens):
             logprobs, _ = policy.logprobs(batch, config.temperature)
@@ -532,12 +532,11 @@ def train_step(policy: Policy, optimizer, problems, pool, config, step: int) -> 
     learning_rate = config.learning_rate * min(1.0, step / max(1, config.lr_warmup_steps))
     updates = []
     for first in range(0, len(problems), size):
-        batch = [answer for answer in answers if first <= answer.group < first + size]
+        batch = [a for a in (teaching if supervised else answers) if 0 <= a.group - first < size]
         updates.append(update_policy(policy, optimizer, batch, config, learning_rate))
     # What it was like; the README explains each number.
     fresh = [answer for answer in answers if not answer.replayed]
     lengths = [len(answer.response) for answer in fresh]
-    teaching = [answer for answer in answers if answer.advantage]
     metrics = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
     return metrics | {
         "accuracy": float(np.mean([answer.correct for answer in fresh])),
@@ -718,7 +717,7 @@ def row_to_problem(row: dict, where: str) -> Problem:
         golds = [row.get("answer"), row.get("ground_truth"), inner, row.get("solution")]
         gold = next((str(x) for x in golds if isinstance(x, (str, int, float)) and x != ""), "")
         if re.search(r"####|\\f?box", gold):
-            gold = extract_answer(gold)  # GSM8K: what follows ####; MATH: the last box
+            gold = extract_answer("####" + gold.rpartition("####")[2]) or ""  # GSM8K; MATH: the box
         assert gold.strip(), "it is empty"
     return Problem(text, gold.strip(), tuple(chat))
 
@@ -728,14 +727,14 @@ def load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
     def read(path: str) -> list[Problem]:  # of equal ones the first counts
         return list(dict.fromkeys(row_to_problem(row, where) for where, row in read_rows(path)))
 
-    size = config.eval_size
-    number = (config.train_size or 512) + size
+    size, number = config.eval_size, (config.train_size or 512) + config.eval_size
     problems = read(config.data) if config.data else embedded_problems(number, seed=0)
     held_out = read(config.eval_data)[:size] if config.eval_data else problems[-size:]
     if not (config.data and config.eval_data):
         problems = problems[:-size]
     if not held_out or len(problems) < max(1, config.train_size):
-        raise UserError(f"{config.data} {config.eval_data}: too few for --train_size, --eval_size")
+        raise UserError(f"{config.data or 'embedded problems'} {config.eval_data}: too few; lower "
+                        "--train_size or --eval_size")
     return problems[:config.train_size or None], held_out
 
 
@@ -951,17 +950,18 @@ def formula_value(text: str) -> Fraction | float | complex:
 def check_model(model, name: str, longest: int) -> None:
     """Compares greedy sampling and packed log-probs with plain passes, up to the longest text, so
     that scaled logits, attention windows, recurrence and the like show up. Raises UserError."""
-    tokens = random.Random(0).choices(range(model.get_input_embeddings().num_embeddings), k=longest)
-    prompts = [tokens[:3], tokens[:3], tokens[4:]]  # shared by two, and as long as may be
-    with blame(f"{name}: not trained correctly, as Llama or Qwen would be"), torch.no_grad():
+    with blame(f"{name}: cannot be trained so; Llama and Qwen models can"), torch.no_grad():
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
         assert longest <= limit, f"{limit} positions, texts of {longest}: lower --max_new_tokens"
+        size = model.get_input_embeddings().num_embeddings
+        tokens = random.Random(0).choices(range(size), k=max(longest, 5))
+        prompts = [tokens[:3], tokens[:3], tokens[4:]]  # shared by two, and as long as may be
         sampled = rollout(model, prompts, 1, max_new_tokens=4, temperature=0, eos_token_id=-1,
                           pad_token_id=0)
         packed, _ = response_logprobs(model, prompts, [response for [response] in sampled])
         for prompt, [response], row in zip(prompts, sampled, packed):
-            logits = model(torch.tensor([prompt + response], device=model.device)).logits[0]
-            best = logits[len(prompt) - 1:-1].log_softmax(-1).max(-1).values  # (4,)
+            ids = torch.tensor([prompt + response], device=model.device)
+            best = model(ids, logits_to_keep=5).logits[0, :-1].log_softmax(-1).amax(-1)  # (4,)
             error = (row - best).abs().max().item()
             assert error < 1e-3, f"log-probs of sampled tokens are wrong by {error:.2g}"
 
@@ -1001,13 +1001,14 @@ def open_folder(command: str, config: Config) -> dict:
     with blame(f"{out}: another run is using it; wait, or give another --out"):
         lock = os.open(out / "lock", os.O_CREAT | os.O_RDWR)  # never closed: held until the end
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    later = {"collect_k", "collect_temperature", "collect_top_p"} if command != "collect" else set()
-    free = later | {"out", "device", "threads", "sample_rows", "micro_tokens", "save_every"}
-    moved = str(Path(old.get("out", "")).parent), str(out.parent)  # base and pool may be in there
-    changed = [name for name in settings if name not in free and str(settings[name])
-               not in (str(old.get(name)), str(old.get(name)).replace(*moved, 1))]
+    free = {"out", "device", "threads", "sample_rows", "micro_tokens", "save_every"}
+    free |= set() if command == "collect" else {"collect_k", "collect_temperature", "collect_top_p"}
+    free |= set() if config.pool else {"replays", "replay_failed", "sft_steps"}
+    changed = [name for name, now in settings.items() if name not in free and now != old.get(name)
+               and not (old and isinstance(now, str)  # data, base and pool may have moved along
+               and os.path.relpath(f"{now}/", out) == os.path.relpath(f"{old[name]}/", old["out"]))]
     if changed and found & {"metrics.jsonl", "collected.jsonl", "base", "vanilla"}:
-        raise UserError(f"{out}: was run with another --{changed[0]}; give another --out")
+        raise UserError(f"{out}: was run with --{changed[0]} {old[changed[0]]}; give another --out")
     write_rows(out / "config.json", [settings])
     summary = (saved_rows(out / "summary.json") or [{}])[0]
     print(f"{out}: {'is finished' if summary else 'is under way'}")
@@ -1070,12 +1071,11 @@ def parse(argv: list[str] | None) -> tuple[str, list[Path], Config]:
                             metavar="VALUE", help=f"{comments[flag.name]} [{flag.default}]")
     values = vars(parser.parse_intermixed_args(argv))
     command, runs = values.pop("command"), values.pop("runs")
-    may_be_0 = {"temperature"} if command == "eval" else set()
-    may_be_0 |= set("seed bf16 threads train_size replays replay_failed sft_steps lr_warmup_steps "
-                    "overlong_buffer clip_low clip_high dual_clip".split())
+    zero = ("seed bf16 threads train_size replays replay_failed sft_steps lr_warmup_steps clip_low "
+            "clip_high dual_clip overlong_buffer" + " temperature" * (command == "eval")).split()
     for name, value in values.items():
-        if not (isinstance(value, str) or 0 < value < 1e12 or value == 0 and name in may_be_0):
-            parser.error(f"--{name} {value}: must be a number above 0")
+        if not (isinstance(value, str) or 0 < value < 1e12 or value == 0 and name in zero):
+            parser.error(f"--{name} {value}: must be above 0{', or 0' * (name in zero)}")
     config = Config(**values)
     if (command == "plot") != bool(runs):
         parser.error("plot, and only plot, takes folders of finished runs")
