@@ -448,7 +448,7 @@ def test_collection_goes_on(answered, finished, data, tmp_path, error):
 
 
 def test_flags_that_may_change(interrupted, finished, words, data, tmp_path, monkeypatch, error):
-    """Those that bound memory; in `run`, those of a collection not yet begun."""
+    """Those that bound memory; in `run`, those of phases not yet begun."""
     shutil.copytree(interrupted, tmp_path / "a")
     assert main(words(tmp_path / "a", "--steps", 6, "--sample_rows", 8, "--micro_tokens", 64)) == 0
     shutil.copytree(finished, tmp_path / "run")
@@ -458,7 +458,7 @@ def test_flags_that_may_change(interrupted, finished, words, data, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(rlep, "verify", lambda response, gold: False)
         assert "--collect_k" in error(command)
-    assert main([*command, "--collect_k", "33", "--collect_temperature", "1.9"]) == 0
+    assert main([*command, *"--collect_k 33 --collect_temperature 1.9 --replays 1".split()]) == 0
     before, after = (snapshot(x / "vanilla/policy") for x in (finished, tmp_path / "run"))
     assert list(before.values()) == list(after.values())
 
