@@ -903,7 +903,7 @@ def test_loading(tiny, tmp_path):
     """Dropout is off, missing weights are refused."""
     folder = shutil.copytree(tiny, tmp_path / "model")
     AutoConfig.from_pretrained(tiny, attention_dropout=0.5).save_pretrained(folder)
-    policy = load(folder)
+    policy = Policy(settings(folder, max_new_tokens=1), [Problem("1", "1")])  # very short texts
     optimizer, kept = keep_gradients(policy.model)
     for _ in range(2):
         rlep.update_policy(policy, optimizer, mini_batch(20), settings(""), 0.0)
@@ -1096,7 +1096,7 @@ def test_replays(policy, tmp_path, capsys):
 def test_problems_of_files(tmp_path):
     """Rows as published; the same if chat and question are, and then the first counts."""
     for row, question, gold in (
-            ({"question": "Sum?", "answer": "It is <<6*7=42>>42.\n#### 42"}, "Sum?\nBOX", "42"),
+            ({"question": "Sum?", "answer": "\\boxed{41}? <<6*7=42>>42.\n#### 42"}, "Sum?\nBOX", "42"),
             ({"problem": "Find.", "level": "Level 5", "solution":  # MATH; above, GSM8K
               "First \\boxed{1}? No: $x=\\fbox{\\frac{1}{2}}$."}, "Find.\nBOX", "\\frac{1}{2}"),
             ({"prompt": chat("Do."), "reward_model": {"ground_truth": "34"}}, "Do.", "34"),  # DAPO
