@@ -1096,7 +1096,7 @@ def test_replays(policy, tmp_path, capsys):
 def test_problems_of_files(tmp_path):
     """Rows as published; the same if chat and question are, and then the first counts."""
     for row, question, gold in (
-            ({"question": "Sum?", "answer": "\\boxed{41}? <<6*7=42>>42.\n#### 42"}, "Sum?\nBOX", "42"),
+            ({"question": "Sum?", "answer": "\\boxed{1}?<<6*7=42>>42\n#### 42"}, "Sum?\nBOX", "42"),
             ({"problem": "Find.", "level": "Level 5", "solution":  # MATH; above, GSM8K
               "First \\boxed{1}? No: $x=\\fbox{\\frac{1}{2}}$."}, "Find.\nBOX", "\\frac{1}{2}"),
             ({"prompt": chat("Do."), "reward_model": {"ground_truth": "34"}}, "Do.", "34"),  # DAPO
