@@ -1165,7 +1165,7 @@ def test_evaluation(policy, monkeypatch):
     found = [rlep.pass_at_k(correct, k) for k in (4, 1, 2)]
     assert found == pytest.approx([2 / 3, 5 / 12, (0.5 + 1 + 0) / 3])  # 1 - C(3, 2) / C(4, 2) = 0.5
     answers = [["3", "1", "1", None], ["5", "5", "6", "6"], [None, None, None, "2"]]
-    marks = [[True, False, False, False], [True, True, False, False], [False, False, False, True]]
+    marks = [[False, True, True, False], [True, True, False, False], [False] * 4]
     assert rlep.maj_at_k(answers, marks) == pytest.approx(2 / 3)  # not the first; a tie; blanks
     problems, wrong = rlep.embedded_problems(6, 0), policy.tokens("\\boxed{?}")
     own = [policy.tokens(f"\\boxed{{{problem.gold}}}") for problem in problems]
