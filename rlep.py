@@ -516,7 +516,7 @@ def train_step(policy: Policy, optimizer, problems, pool, config, step: int) -> 
     # 2. One baseline for all answers of a group, fresh and replayed (Eq. 5).
     rewards = torch.tensor([answer.reward for answer in answers])
     groups = torch.tensor([answer.group for answer in answers])
-    supervised = 0 < step <= config.sft_steps  # the control: right replays alone, advantage 1
+    supervised = step <= config.sft_steps  # the control: right replays alone, advantage 1
     for answer, advantage in zip(answers, group_advantages(rewards, groups).tolist()):
         answer.advantage = float(answer.replayed and answer.correct) if supervised else advantage
     # 3. Old log-probs for all mini-batches but the first, before which the policy does not change.
