@@ -289,6 +289,8 @@ def test_moved_run_goes_on_and_plot(finished, trained, data, tmp_path, capsys, m
     table = capsys.readouterr().out
     means = [object_of(x / "summary.json")["mean_at_k"] for x in (finished / "vanilla", trained)]
     assert f"vanilla RL, 6 steps (2) | {50 * sum(means):.2f} ± " in table
+    gain = object_of("run/rlep/summary.json")["mean_at_k"] - means[0]
+    assert gain > 0 and f"| {100 * gain:.2f} ± 0.00 |" in table
     assert "nan" not in table and Path("picture/curves.png").exists()
     assert "arm and seed" in error(["plot", "run", finished])
     Path("run/vanilla/summary.json").unlink()
