@@ -61,7 +61,6 @@ def settings(model, **changes):
 
 
 def load(model, **changes):
-    """The policy in a folder."""
     return Policy(settings(model, **changes), [Problem("1*2+3*4 mod 10 = ", "4")])
 
 
