@@ -235,7 +235,7 @@ class Policy:
         return ids + [self.end]
 
     def sample(self, problems: list[Problem], k: int, config: Config, *purpose):
-        """Yields (problem, k responses); seed, purpose ("rollout", step), question, k decide."""
+        """Yields (problem, k responses), which follow from seed, purpose, question and k alone."""
         for mine, trained in zip(self.sampler.parameters(), self.model.parameters()):
             if mine is not trained:  # in fp32 it is; buffers, such as rotary angles, stay fp32
                 mine.data = trained.data.bfloat16()
@@ -1001,7 +1001,7 @@ def open_folder(command: str, config: Config) -> dict:
     with blame(f"{out}: another run is using it; wait, or give another --out"):
         lock = os.open(out / "lock", os.O_CREAT | os.O_RDWR)  # never closed: held until the end
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    free = {"out", "device", "threads", "sample_rows", "micro_tokens", "save_every"}
+    free = {"out", "device", "threads", "sample_rows", "micro_tokens", "save_every"}  # rounding
     free |= set() if command == "collect" else {"collect_k", "collect_temperature", "collect_top_p"}
     free |= set() if config.pool else {"replays", "replay_failed", "sft_steps"}
     changed = [name for name, now in settings.items() if name not in free and now != old.get(name)

@@ -1035,12 +1035,11 @@ def test_a_step(policy, two_problems, monkeypatch):
 
 def test_a_supervised_step(policy, two_problems, monkeypatch):
     """The control: right replays teach, with advantage 1 and ratio 1; nothing else does."""
-    (problems, pool), seen = two_problems, []
+    (problems, pool), config, seen = two_problems, step_config(sft_steps=2, replay_failed=2), []
     pool.add(problems[1].question, problems[1].gold, f"\\boxed{{{problems[1].gold}}}")
     monkeypatch.setattr(rlep, "update_policy", lambda *given: seen.extend(given[2]) or {})
     monkeypatch.setattr(rlep, "score", lambda policy, problem, response, _: (
         policy.text(response) in pool.correct[problem] or len(response) == 6, 0.0))
-    config = step_config(sft_steps=2, replay_failed=2)
     for step in (2, 3):
         rlep.train_step(policy, None, problems, pool, config, step)
         kinds = {(a.replayed, a.correct, a.advantage) for a in seen}
@@ -1242,9 +1241,10 @@ def test_extraction(response, gold, expected):
     assert verify(response, gold) is expected
 
 
-HOSTILE = ["(" * 5000, r"\frac{1}{" * 90, "9^" * 300 + "9", "9" * 900, "1e999999",
+HOSTILE = ["(" * 400, r"\frac{1}{" * 90, "9^" * 300 + "9", "9" * 900, "1e999999",
            "10^{10^{10}}", "0^{-1}", r"\sqrt[0]{6}", "().__class__", "\ud800", "\x00", "nan",
-           r"\pm" * 200, "(-" * 300, "-" * 900, "{" * 400 + "6" + "}" * 400, "1," * 9000]
+           r"\pm" * 200, "1," * 400, "-" * 900,
+           "{" * 400 + "6" + "}" * 400, "(-" * 300, "(" * 5000, "1," * 9000]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
