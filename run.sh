@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bash run.sh              set up, then the whole method on the embedded problems (as: run.sh run)
 # bash run.sh test         set up, then the tests
-# bash run.sh evidence     set up, then every arm over ten seeds, for the README's table (resumable)
+# bash run.sh evidence     set up, then every arm over ten seeds, for the README's table; it resumes
 # bash run.sh bench ...    set up, then time steps: --model FOLDER --prompts FILE.jsonl
 # bash run.sh WORDS ...    set up, then rlep.py WORDS ..., such as: bash run.sh train --help
 # RLEP_PYTHON=python3 bash run.sh ...    uses that Python and its packages instead of making .venv
@@ -30,35 +30,19 @@ if [ -z "${RLEP_PYTHON:-}" ] && ! cmp -s requirements.txt .venv/installed.txt; t
     cp requirements.txt .venv/installed.txt
 fi
 
-# One seed of every arm; base, vanilla run and pool are shared by its arms. Finished runs return.
-evidence_seed() {
-    local seed=$1 at=runs/evidence/seed$1
-    arm() {
-        "$python" rlep.py "$1" --seed "$seed" --threads 1 --out "$at/$2" "${@:3}" || echo "no $2"
-    }
-    arm run main
-    local base=$at/main/base/policy pool=$at/main/collection/pool.jsonl
-    arm train twice --model "$base" --steps 24
-    arm train sft --model "$base" --pool "$pool" --sft_steps 4 --replays 16 --steps 16
-    arm train m1 --model "$base" --pool "$pool" --replays 1
-    arm train m4 --model "$base" --pool "$pool" --replays 4
-    arm train failed --model "$base" --pool "$pool" --replay_failed 2
-}
-
 # Ten seeds, two at a time, one core each. Started again, it goes on where it was.
 evidence() {
     mkdir -p runs/evidence
-    export python && export -f evidence_seed
     echo "run.sh: evidence is under way, the logs are runs/evidence/seed*.log" >&2
-    seq 0 9 | xargs -P 2 -I @ bash -c 'evidence_seed @ >runs/evidence/seed@.log 2>&1'
-    "$python" rlep.py plot runs/evidence/seed?/main --out runs/evidence/two_arms
-    "$python" rlep.py plot runs/evidence/seed?/{main,twice,sft,m1,m4,failed} --out runs/evidence |
-        tee runs/evidence/table.md
+    export python
+    seq 0 9 | xargs -P 2 -I @ sh -c \
+        '"$python" .github/evidence.py seed @ runs/evidence >runs/evidence/seed@.log 2>&1'
+    exec "$python" .github/evidence.py report runs/evidence
 }
 
 case "${1:-run}" in
     test) shift; exec "$python" -m pytest -q "$@" ;;
     evidence) evidence ;;
-    bench) exec "$python" test_rlep.py "$@" ;;
+    bench) shift; exec "$python" .github/bench.py "$@" ;;
     *) exec "$python" rlep.py "$@" ;;
 esac

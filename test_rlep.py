@@ -1,8 +1,8 @@
-"""Tests of rlep.py: the real path, the algorithm against slow and obvious code, the verifier.
-Nothing is downloaded. `python test_rlep.py bench --help` measures the speed of a step."""
-# SPDX-License-Identifier: MIT
-import argparse
+"""Tests of rlep.py, in the order of the file: the equations first, bad input and resuming last.
+Nothing is downloaded. Those marked cuda run where there is a GPU."""
+import ast
 import copy
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -12,6 +12,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import fields
@@ -28,10 +30,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import rlep
-from rlep import Answer, Config, ExperiencePool, Policy, Problem, UserError, main
-from rlep import verify
+from rlep import Answer, Config, ExperiencePool, Policy, Problem, UserError, main, verify
 
 torch.set_num_threads(1)
+HERE = Path(__file__).parent
 
 
 RUN = ("--threads 1 --warmup_steps 60 --steps 6 --learning_rate 2e-3 --prompts_per_step 4 "
@@ -41,6 +43,7 @@ TRAIN = ("--threads 1 --prompts_per_step 2 --minibatch_prompts 1 --group_size 8 
          "--overlong_buffer 7 --eval_every 3 --k 2 --seed 1").split()  # it can learn to be short
 
 
+# ---- Helpers and fixtures ------------------------------------------------------------------------
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -48,6 +51,10 @@ def write_rows(path, rows):
 
 def read_rows(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def object_of(path):
+    return json.loads(Path(path).read_text())
 
 
 def chat(text):
@@ -60,16 +67,12 @@ def settings(model, **changes):
     return Config(**fixed | changes)
 
 
+def step_config(**changes):
+    return settings("", **dict(group_size=16, max_new_tokens=6, minibatch_prompts=1) | changes)
+
+
 def load(model, **changes):
     return Policy(settings(model, **changes), [Problem("1*2+3*4 mod 10 = ", "4")])
-
-
-class Crash(BaseException):
-    """What no handler catches."""
-
-
-def object_of(path):
-    return json.loads(Path(path).read_text())
 
 
 def snapshot(folder):
@@ -88,6 +91,10 @@ def result_of(folder):
             result[name] = [{key: value for key, value in row.items() if not key.endswith("_s")}
                             for row in read_rows(path)]
     return result
+
+
+class Crash(BaseException):
+    """What no handler catches."""
 
 
 def crash(name, number, words):
@@ -111,7 +118,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     rlep.save_untrained(folder / "tiny", 0)
     sevens = [p for p in rlep.embedded_problems(400, seed=1) if p.gold == "7"][:24]
-    rows = [{"prompt": [{"role": "user", "content": p.question}], "answer": "7"} for p in sevens]
+    rows = [{"prompt": chat(problem.question), "answer": "7"} for problem in sevens]
     write_rows(folder / "train.jsonl", rows[:16])
     write_rows(folder / "held_out.jsonl", rows[16:])
     return folder
@@ -121,6 +128,11 @@ def files(tmp_path_factory):
 def tiny(files):
     """The folder of an untrained model."""
     return files / "tiny"
+
+
+@pytest.fixture
+def policy(tiny):
+    return load(tiny)
 
 
 @pytest.fixture(scope="session")
@@ -161,529 +173,49 @@ def error(capsys):
         except SystemExit as end:  # a bad flag
             assert end.code == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()
-                 and not re.search(r"it/s|\x1b", line)]  # progress bars
+                 and not re.search(r"it/s|s/it|\x1b", line)]  # progress bars
         assert len(lines) == 1 and lines[0].startswith("rlep.py: error: "), lines
         return lines[0]
     return error
 
 
-@pytest.fixture
-def policy(tiny):
-    return load(tiny)
-
-
-# ---- The real path -------------------------------------------------------------------------------
-def test_run_leaves_everything(finished):
-    """Every file, with what other programs read; RLEP alone replays; the pool is verified."""
-    summary = object_of(finished / "summary.json")
-    for arm in ("vanilla", "rlep"):
-        own = object_of(finished / arm / "summary.json")
-        rows = read_rows(finished / arm / "metrics.jsonl")
-        assert [row["step"] for row in rows] == list(range(7)) and summary[arm] == own
-        assert own["curve"] == [[r["step"], r["mean_at_k"]] for r in rows if "mean_at_k" in r]
-        assert [step for step, _ in own["curve"]] == [0, 3, 6] and own["seed"] == 0
-        assert own["ci95"][0] <= own["mean_at_k"] == own["curve"][-1][1] <= own["ci95"][1]
-        assert all((row["replays"] > 0) == (arm == "rlep") for row in rows[1:])
-        assert all(row["replays"] <= 8 and row["skipped"] == 0 for row in rows[1:])
-        assert rows[-1]["reward"] > rows[1]["reward"] + 0.2  # it learns
-        assert (finished / arm / "policy/model.safetensors").exists()
-    pool = read_rows(finished / "pool.jsonl")
-    held = [row["reward_model"]["candidates"] for row in pool]
-    assert summary["questions"] == len(pool) >= 4 and summary["answers"] == sum(map(len, held))
-    assert all(len(texts) >= 2 and all(rlep.verify(t, "7") for t in texts) for texts in held)
-    assert (finished / "base/policy").is_dir() and not list(finished.rglob("*.partial"))
-    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("arm", ["vanilla", "rlep"])
-def test_eval_reproduces_the_summary(arm, finished, files, data, capsys, monkeypatch):
-    """eval asks each held-out question once, with the run's result; transformers loads it."""
-    real, asked = rlep.rollout, []
-
-    def spy(model, prompts, *rest, **options):
-        asked.extend(prompts if options.get("seeds") else [])
-        return real(model, prompts, *rest, **options)
-
-    monkeypatch.setattr(rlep, "rollout", spy)
-    assert main(["eval", *RUN, *data, "--model", f"{finished}/{arm}/policy"]) == 0
-    own, printed = object_of(finished / arm / "summary.json"), capsys.readouterr().out
-    assert all(f"{x}@4 {own[f'{x}_at_k']:.1%}" in printed for x in ("mean", "maj", "pass"))
-    model, tokenizer = (x.from_pretrained(finished / arm / "policy") for x in
-                        (AutoModelForCausalLM, AutoTokenizer))
-    assert [tokenizer.decode(prompt) for prompt in asked] == [
-        row["prompt"][0]["content"] for row in read_rows(files / "held_out.jsonl")]
-    theirs = model.generate(torch.tensor(asked[:1]), do_sample=False, max_new_tokens=24)
-    assert [[theirs[0, len(asked[0]):].tolist()]] == real(
-        model, asked[:1], 1, max_new_tokens=24, temperature=0, eos_token_id=1, pad_token_id=0)
-    state = torch.load(finished / arm / "checkpoint.pt", weights_only=True)
-    assert all(torch.equal(state["model"][name], x) for name, x in model.state_dict().items())
-    assert state["adam"]["param_groups"][0]["weight_decay"] == 0.1
-    words = ["eval", *RUN, *data, "--model", f"{finished}/{arm}/policy", "--temperature", "0"]
-    assert main(words) == 0
-
-
-def test_both_arms_see_the_same_questions(finished, words, tmp_path, monkeypatch):
-    """In the same order, also where the pool has none; RLEP replays M; a step has its own seeds."""
-    groups, rollout, rows = rlep.make_groups, rlep.rollout, read_rows(finished / "pool.jsonl")[:5]
-    pool, known = write_rows(tmp_path / "pool", rows), {r["prompt"][0]["content"] for r in rows}
-    seen, seeds = {"vanilla": [], "rlep": []}, []
-
-    def sampling(*given, **options):
-        seeds.extend(options["seeds"])
-        return rollout(*given, **options)
-
-    def spy(policy, problems, *rest):
-        with monkeypatch.context() as patch:
-            patch.setattr(rlep, "rollout", sampling)
-            answers = groups(policy, problems, *rest)
-        for i, problem in enumerate(problems):
-            seen[arm].append(problem.question)
-            replays = [a for a in answers if a.group == i and a.replayed]
-            assert len(replays) == (2 if arm == "rlep" and problem.question in known else 0)
-        return answers
-
-    monkeypatch.setattr(rlep, "make_groups", spy)
-    for arm, more in (("vanilla", []), ("rlep", ["--pool", pool])):
-        assert main(words(tmp_path / arm, "--max_new_tokens", 24, "--steps", 16, *more)) == 0
-    assert seen["vanilla"] == seen["rlep"] and len(seen["rlep"]) == 32  # two epochs
-    first, second = seen["rlep"][:16], seen["rlep"][16:]
-    assert set(first) == set(second) and first != second
-    assert seeds[:32] == seeds[32:] and len(set(seeds)) == 32
-
-
-def test_collection_has_its_own_sampling_and_rules(tiny, data, tmp_path, monkeypatch):
-    """Its temperature, top-p and K; cut answers do not count; two correct ones are needed."""
-    policy = load(tiny)
-    right, other, wrong = (policy.tokens(f"{text}}}") for text in
-                           ("\\boxed{7", "1+6=7\\boxed{7", "\\boxed{3"))
-    groups = [[right, other, wrong], [right, other[:-1], wrong], [right, right, other]]
-    groups, real, seen = groups + 13 * [[wrong, wrong, right]], rlep.rollout, []
-
-    def fake(model, prompts, size, **options):
-        if not options.get("seeds"):  # the probe of the model
-            return real(model, prompts, size, **options)
-        seen.append((size, options["temperature"], options["top_p"]))
-        return [groups.pop(0) for _ in prompts]
-
-    monkeypatch.setattr(rlep, "rollout", fake)
-    assert main(["collect", *data, "--model", str(tiny), "--out", f"{tmp_path}/out",
-                 *"--threads 1 --temperature 0.5 --top_p 0.6 --collect_temperature 1.7 "
-                 "--collect_top_p 0.9 --collect_k 3 --sample_rows 6".split()]) == 0
-    assert set(seen) == {(3, 1.7, 0.9)} and not groups
-    held = [row["reward_model"]["candidates"] for row in read_rows(tmp_path / "out/pool.jsonl")]
-    texts = [policy.text(response) for response in (right, other)]
-    assert held == [texts, [texts[0], *texts]]
-
-
-def test_moved_run_goes_on_and_plot(finished, trained, data, tmp_path, capsys, monkeypatch, error):
-    """A relative folder, then plotted: seeds are grouped."""
-    shutil.copytree(finished, tmp_path / "a/run")
-    for name in ("rlep/summary.json", "rlep/policy/model.safetensors", "summary.json"):
-        (tmp_path / "a/run" / name).unlink()
-    monkeypatch.chdir(tmp_path / "a")
-    assert main(["run", *RUN, *data, "--out", "run"]) == 0
-    assert result_of("run") == result_of(finished)
-    capsys.readouterr()
-    assert main(["plot", "run", str(trained), "--out", "picture"]) == 0
-    table = capsys.readouterr().out
-    means = [object_of(x / "summary.json")["mean_at_k"] for x in (finished / "vanilla", trained)]
-    assert f"vanilla RL, 6 steps (2) | {50 * sum(means):.2f} ± " in table
-    gain = object_of("run/rlep/summary.json")["mean_at_k"] - means[0]
-    assert gain > 0 and f"| {100 * gain:.2f} ± 0.00 |" in table
-    assert "nan" not in table and Path("picture/curves.png").exists()
-    assert "arm and seed" in error(["plot", "run", finished])
-    Path("run/vanilla/summary.json").unlink()
-    assert "run/vanilla" in error(["plot", "run"])
-
-
-def test_controls(finished, data, tmp_path, error):
-    """--sft_steps learns the pool, then replays nothing; --replay_failed adds failed answers."""
-    command = ["train", *RUN, *data, "--model", f"{finished}/base/policy", "--steps", "6", "--pool",
-               f"{finished}/pool.jsonl", "--out"]
-    for name, *more in (("plain",), ("failed", "--replay_failed", "2"),
-                        ("sft", "--sft_steps", "3", "--replays", "9")):
-        assert main([*command, f"{tmp_path}/{name}", *more]) == 0
-    plain, failed, sft = (read_rows(tmp_path / name / "metrics.jsonl")
-                          for name in ("plain", "failed", "sft"))
-    assert sft[3]["mean_at_k"] > sft[0]["mean_at_k"] + 0.2
-    assert [row["replays"] > 0 for row in sft[1:]] == [True] * 3 + [False] * 3
-    assert plain[1]["replays"] < failed[1]["replays"] <= 16
-    arms = [object_of(tmp_path / name / "summary.json")["arm"] for name in ("failed", "sft")]
-    assert arms == ["RLEP, M = 2, 2 failed", "3 steps of SFT, then vanilla RL"]
-    assert "--replays" in error([*command, tmp_path / "plain", "--replays", "1"])
-
-
-@pytest.mark.parametrize("arm", ["vanilla", "rlep"])
-def test_bf16_goes_on(arm, finished, words, tmp_path, monkeypatch):
-    """--bf16 1 trains fp32 weights, and a stopped run ends as an undisturbed one."""
-    more = ["--steps", 3, "--bf16", 1, "--max_new_tokens", 24]
-    more += ["--pool", finished / "pool.jsonl"] if arm == "rlep" else []
-    assert main(words(tmp_path / "whole", *more)) == 0
-    crash("train_step", 3, words(tmp_path / "stopped", *more))
-    assert main(words(tmp_path / "stopped", *more)) == 0
-    assert result_of(tmp_path / "stopped") == result_of(tmp_path / "whole")
-    state = torch.load(tmp_path / "whole/checkpoint.pt", weights_only=True)["model"]
-    assert all(value.dtype == torch.float32 for value in state.values())
-
-
-def test_help(capsys):
-    """Each flag with its reason and default."""
-    with pytest.raises(SystemExit) as end:
-        main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert end.value.code == 0 and all(re.search(rf"--{flag.name}[ ,].{{12,}}?\[", text)
-                                       for flag in fields(rlep.Config))
-
-
-# ---- Resume --------------------------------------------------------------------------------------
-def child(words, log, file_limit):
-    """In a process of its own: rlep.main, with stderr in a file and a bound on files' size."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have ignored it
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    if file_limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    raise SystemExit(main(words))
-
-
-@pytest.fixture(scope="session")
-def start():
-    """Starts rlep.main(words) in a process, forked off one that has loaded everything: quick."""
-    context = multiprocessing.get_context("forkserver")
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
-    context.set_forkserver_preload([Path(__file__).stem])
-
-    def start(words, log, file_limit=0):
-        process = context.Process(target=child, args=(list(map(str, words)), str(log), file_limit))
-        process.start()
-        return process
-
-    return start
-
-
-def signature(path):
-    """Changes when a file, or the unfinished one beside it, is written."""
-    try:
-        stats = [file.stat() for file in path.parent.glob(f"{path.name}*")]
-        return sorted((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)
-    except FileNotFoundError:  # renamed in this moment
-        return None
-
-
-MOMENTS = """config.json 0 base/initial .5 base/policy .005 vanilla/config.json .001
-vanilla/metrics.jsonl .1 vanilla/checkpoint.pt .003 vanilla/checkpoint.pt .2 vanilla/policy .005
-collection/collected.jsonl .03 collection/collected.jsonl .1 collection/pool.jsonl .003
-rlep/metrics.jsonl .1 rlep/checkpoint.pt .003 rlep/checkpoint.pt .1 rlep/policy .002
-summary.json 0""".split()  # once it is being written: killed within so many seconds
-
-
-def test_killed_at_any_moment(finished, data, start, tmp_path):
-    """kill -9 in every phase, also in the middle of a save: the same result, byte for byte."""
-    kills, phases, out = 0, set(), tmp_path / "run"
-    for i, longest in enumerate(MOMENTS[1::2]):
-        paths = [out / name for name in MOMENTS[2 * i::2]]
-        before = list(map(signature, paths))
-        process = start(["run", *RUN, *data, "--out", out], tmp_path / "log")
-        while process.is_alive() and list(map(signature, paths)) == before:
-            time.sleep(0.0003)
-        time.sleep(random.uniform(0, float(longest)))
-        process.kill()
-        process.join()
-        assert process.exitcode in (-signal.SIGKILL, 0), (tmp_path / "log").read_text()
-        kills += process.exitcode == -signal.SIGKILL
-        ends = ("base/policy", "vanilla/summary.json", "collection/summary.json")
-        phases.add(sum((out / end).exists() for end in ends))
-    assert kills >= 10 and phases == {0, 1, 2, 3}
-    assert main(["run", *RUN, *data, "--out", str(out)]) == 0
-    assert result_of(out) == result_of(finished)
-
-
-@pytest.fixture(scope="session")
-def interrupted(files, words):
-    """A train of 6 steps that stopped in the 6th; its last checkpoint is that of the 4th."""
-    crash("train_step", 6, words(files / "interrupted", "--steps", 6, "--save_every", 2))
-    assert len(read_rows(files / "interrupted/metrics.jsonl")) == 6  # steps 0 to 5
-    return files / "interrupted"
-
-
-def cut(path):
-    """Leaves the first half of a file."""
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-
-
-def leave_partial_files(folder):
-    """What a crash in the middle of a save leaves, and a policy that is older."""
-    for name in ("checkpoint.pt", "config.json", "summary.json"):
-        (folder / f"{name}.partial").write_bytes(b"half of")
-    for name in ("policy.partial", "policy"):
-        (folder / name).mkdir()
-        (folder / name / "stale.bin").write_bytes(b"half of")
-
-
-@pytest.mark.parametrize("leave", [
-    lambda folder: None, leave_partial_files,
-    lambda folder: (folder / "metrics.jsonl").open("a").write('{"step": 6, "accu')])
-def test_leftovers_of_a_crash_do_no_harm(leave, interrupted, trained, words, tmp_path):
-    """Rows behind the checkpoint are made again, not kept twice; half a file or row is ignored."""
-    shutil.copytree(interrupted, tmp_path / "run")
-    leave(tmp_path / "run")
-    assert main(words(tmp_path / "run", "--steps", 6, "--save_every", 3)) == 0
-    assert result_of(tmp_path / "run") == result_of(trained)
-    assert not list(tmp_path.rglob("*.partial"))
-
-
-@pytest.mark.parametrize("answered", [0, 1, 3])
-def test_collection_goes_on(answered, finished, data, tmp_path, error):
-    """Stopped between batches of four questions: the same pool."""
-    out, command = tmp_path / "out", ["collect", *RUN, *data]
-    command += ["--model", f"{finished}/vanilla/policy", "--out", f"{out}"]
-    crash("write_rows", answered + 2, command)  # the first row is the configuration
-    assert (out / "collected.jsonl").exists() == (answered > 0)
-    assert answered == 0 or "--collect_k" in error([*command, "--collect_k", "30"])
-    assert main(command) == 0
-    assert (out / "pool.jsonl").read_bytes() == (finished / "pool.jsonl").read_bytes()
-    before = snapshot(out)
-    assert main(command) == 0 and snapshot(out) == before  # it is finished
-    (out / "summary.json").unlink()
-    (out / "collected.jsonl").write_bytes(b"\0\xff\n" + (out / "collected.jsonl").read_bytes())
-    assert "collected.jsonl:1" in error(command)
-
-
-def test_flags_that_may_change(interrupted, finished, words, data, tmp_path, monkeypatch, error):
-    """Those that bound memory; in `run`, those of phases not yet begun."""
-    shutil.copytree(interrupted, tmp_path / "a")
-    assert main(words(tmp_path / "a", "--steps", 6, "--sample_rows", 8, "--micro_tokens", 64)) == 0
-    shutil.copytree(finished, tmp_path / "run")
-    for name in ("collection", "rlep"):
-        shutil.rmtree(tmp_path / "run" / name)
-    command = ["run", *RUN, *data, "--out", f"{tmp_path}/run"]
-    with monkeypatch.context() as patch:
-        patch.setattr(rlep, "verify", lambda response, gold: False)
-        assert "--collect_k" in error(command)
-    assert main([*command, *"--collect_k 33 --collect_temperature 1.9 --replays 1".split()]) == 0
-    before, after = (snapshot(x / "vanilla/policy") for x in (finished, tmp_path / "run"))
-    assert list(before.values()) == list(after.values())
-
-
-@pytest.mark.parametrize("name, value", [("learning_rate", 0.5), ("group_size", 5), ("data", ""),
-                                         ("clip_high", 0.1), ("pool", "POOL"), ("model", "OTHER")])
-def test_another_setting_is_refused(name, value, interrupted, finished, words, tmp_path, error):
-    """The line names what differs; nothing is changed."""
-    shutil.copytree(interrupted, tmp_path / "run")
-    if name == "data":
-        value = tmp_path / "other.jsonl"
-        shutil.copy(words("")[words("").index("--data") + 1], value)
-    value = {"POOL": finished / "pool.jsonl", "OTHER": finished / "base/policy"}.get(value, value)
-    before = snapshot(tmp_path / "run")
-    assert f"--{name}" in error(words(tmp_path / "run", "--steps", 6, f"--{name}", value))
-    assert snapshot(tmp_path / "run") == before
-
-
-@pytest.mark.parametrize("name, damage", [
-    ("checkpoint.pt", cut), ("checkpoint.pt", lambda path: path.write_bytes(b"")),
-    ("checkpoint.pt", lambda path: torch.save({"step": 3}, path)),
-    ("checkpoint.pt", lambda path: torch.save([], path)), ("config.json", cut),
-    ("config.json", lambda path: path.write_text("[" * 50_000))])
-def test_damaged_files(name, damage, interrupted, words, tmp_path, error):
-    """One line that names the file, with the folder's checkpoint left as it was."""
-    shutil.copytree(interrupted, tmp_path / "run")
-    damage(tmp_path / "run" / name)
-    before = (tmp_path / "run/checkpoint.pt").read_bytes()
-    assert name in error(words(tmp_path / "run", "--steps", 6))
-    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
-
-
-def test_second_run_and_ctrl_c(words, start, tmp_path, error):
-    """A folder in use is refused; Ctrl-C ends with one line that says how to go on, status 130."""
-    command = words(tmp_path / "run", "--steps", 400)
-    process = start(command, tmp_path / "log")
-    while process.is_alive() and not (tmp_path / "run/checkpoint.pt").exists():
-        time.sleep(0.01)
-    assert "another run" in error(command)
-    os.kill(process.pid, signal.SIGINT)
-    process.join(60)
-    log = (tmp_path / "log").read_text()
-    assert process.exitcode == 130 and "same command goes on" in log.splitlines()[-1]
-    assert "Traceback" not in log
-
-
-@pytest.mark.parametrize("what, limit", [("checkpoint", 1_000_000), ("policy", 100_000)])
-def test_full_disk(what, limit, interrupted, trained, words, start, tmp_path):
-    """Status 2, one line, the last checkpoint as it was; with room again, the run goes on."""
-    skip = ["policy", "summary.json"] if what == "policy" else []
-    shutil.copytree(trained if what == "policy" else interrupted, tmp_path / "run",
-                    ignore=lambda *_: skip)
-    command = words(tmp_path / "run", "--steps", 6)
-    before = (tmp_path / "run/checkpoint.pt").read_bytes()
-    process = start(command, tmp_path / "log", limit)
-    process.join(60)
-    log = (tmp_path / "log").read_text()
-    assert process.exitcode == 2 and "Traceback" not in log, log
-    assert "rlep.py: error:" in log.splitlines()[-1]
-    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
-    assert main(command) == 0 and result_of(tmp_path / "run") == result_of(trained)
-
-
-@pytest.mark.parametrize("content", [
-    {"config.json": '{"compilerOptions": {"strict": true}}', "src.js": "alert(1)"},
-    {"config.json": "{}"}, {"config.json": "\udcff"}, {"note": "mine"}, "model", "inside", "file"])
-def test_folders_of_others_are_not_touched(content, tiny, words, tmp_path, error):
-    """A JavaScript project, a model, a file: refused in a line, not a byte changed."""
-    out, more = tmp_path / "mine", []
-    if content == "file":
-        out.write_text("mine")
-    elif isinstance(content, str):
-        shutil.copytree(tiny, out / "tiny" if content == "inside" else out)
-        more = ["--model", out / "tiny" if content == "inside" else out]
-    else:
-        out.mkdir()
-        for name, text in content.items():
-            (out / name).write_bytes(text.encode(errors="surrogateescape"))
-    before = snapshot(tmp_path)
-    assert str(out) in error(words(out, *more)) and snapshot(tmp_path) == before
-
-
-# ---- Bad input -----------------------------------------------------------------------------------
-@pytest.fixture(scope="session")
-def bad(files, finished, tmp_path_factory):
-    """Files and models that are wrong in one way each; BAD/NAME in the table below."""
-    folder, good = tmp_path_factory.mktemp("bad"), '{"question": "1+1?", "answer": "2"}\n'
-    texts = {"empty": "", "blank": "\n\n", "list": "[1, 2]\n", "one": good, "torn": f'{good}\n{{"q',
-             "deep": "[" * 50_000 + "\n", "chat": '{"prompt": [{"role": "user"}], "answer": 1}\n',
-             "no_question": '{"answer": "2"}\n', "no_answer": '{"question": "a?", "answer": " "}\n',
-             "reward_text": '{"question": "a?", "reward_model": "7"}\n',
-             "no_texts": '{"question": "a?", "reward_model": {"ground_truth": "2"}}\n',
-             "others": '{"question": "a", "answer": 2, "reward_model": {"candidates": ["A: 2"]}}\n',
-             "failed": good.replace("}", ', "reward_model": {"candidates": []}, '
-                                         '"extra_info": {"failed": 3}}')}
-    for name, text in texts.items():
-        (folder / name).write_text(text)
-    (folder / "latin").write_bytes(b'{"question": "\xe9", "answer": 1}\n')
-    (folder / "folder").mkdir()
-    for name in ("cut", "raises", "silent", "short", "endless", "layers", "no_tokenizer"):
-        shutil.copytree(files / "tiny", folder / name)
-    cut(folder / "cut/model.safetensors")
-    (folder / "raises/chat_template.jinja").write_text("{{ raise_exception('no system') }}")
-    (folder / "silent/chat_template.jinja").write_text("{% if false %}x{% endif %}")
-    (folder / "no_tokenizer/tokenizer.json").unlink()
-    for name, file, key, value in (("short", "config", "max_position_embeddings", 20),
-                                   ("layers", "config", "num_hidden_layers", 5),
-                                   ("endless", "tokenizer_config", "eos_token", None)):
-        path = folder / name / f"{file}.json"
-        path.write_text(json.dumps(object_of(path) | {key: value}))
-    return folder
-
-
-FLAGS = """--steps 0 | --group_size 0 | --collect_k 0 | --k 0 | --dual_clip -1 | --temperature 0 |
- --collect_temperature 0 | --temperature inf | --learning_rate nan | --learning_rate -1 |
- --top_p 0 | --replays -1 | --device tpu | --steps many | --device cuda"""
-OTHERS = """dance => dance | train now => plot | plot => folders | plot BAD/folder => folder |
-train --no_such_flag 3 => --no_such_flag | train TINY --temperature 0 => --temperature |
-train --sft_steps 5 => --pool | eval => --model | collect => --model |
-run --pool BAD/absent => --pool | eval --model BAD/absent => absent |
-eval TINY --eval_data BAD/absent => absent | train --model BAD/short => positions |
-train --model BAD/layers => missing | train TINY --data BAD/one => BAD/one |
-train TINY --eval_data BAD/empty => BAD/empty | train TINY DATA --train_size 17 => --train_size"""
-BAD = [(line, line.split()[0]) for line in re.split(r" \|\s", FLAGS)]
-BAD += [line.split(" => ") for line in re.split(r" \|\s", OTHERS)]
-BAD += [(f"train --model BAD/{name}", name)
-        for name in "folder cut raises silent endless no_tokenizer".split()]
-BAD += [(f"train TINY --data BAD/{name.split(':')[0]}", name) for name in (
-    "folder absent empty blank torn:3 list:1 latin:1 deep:1  no_question:1 "
-    "no_answer:1 reward_text:1 chat:1").split()]
-BAD += [(f"train TINY DATA --pool BAD/{name.split(':')[0]}", name)
-        for name in "absent empty no_texts:1 reward_text:1 others failed deep:1".split()]
-
-
-@pytest.mark.parametrize("line, named", BAD)
-def test_bad_input(line, named, bad, tiny, data, tmp_path, error, monkeypatch):
-    """Status 2 and one line that names the thing; no result is left behind."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name, value in ("BAD", f"{bad}"), ("DATA", " ".join(data)), ("TINY", f"--model {tiny}"):
-        line, named = line.replace(name, value), named.replace("BAD", f"{bad}")
-    line = line.split()
-    small = ["--max_new_tokens", 24, "--prompts_per_step", 2]
-    before = snapshot(bad)
-    assert named in error([*line[:1], *small, *line[1:]] if line[0][0] != "-" else [*small, *line])
-    assert snapshot(bad) == before
-    left = {path for path in snapshot(".") if "/base/initial/" not in path}
-    assert {Path(path).name for path in left} <= {"config.json", "lock"}
-
-
-@pytest.mark.parametrize("place", ["response_logprobs", "policy_loss"])
-def test_out_of_gpu_memory(place, words, tmp_path, error, monkeypatch):
-    """In loading, in the update: a line that names the flags to lower."""
-    def full(*given, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(rlep, place, full)
-    assert "--sample_rows and --micro_tokens" in error(words(tmp_path / "run"))
-
-
-# ---- Models --------------------------------------------------------------------------------------
-BASE = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-            initializer_range=0.25, pad_token_id=0, eos_token_id=1, bos_token_id=None)
-HEADS = BASE | dict(head_dim=8)
-EXPERTS = BASE | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None)
-VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-              image_size=28, patch_size=14)
-LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 40,
-            "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
-GPT2 = dict(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=0.25,
-            pad_token_id=0, eos_token_id=1, bos_token_id=None)
-
-
-@pytest.fixture
-def model_folder(tiny, tmp_path):
-    """model_folder(kind, settings): a random model with sharp predictions, and tiny's tokenizer."""
-    def make(kind, settings):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
-        AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "model")
-        model.save_pretrained(tmp_path / "model")
-        return tmp_path / "model"
-    return make
-
-
-LONG = "--steps 1 --max_new_tokens 40 --overlong_buffer 39 --prompts_per_step 99 --model".split()
-
-
-@pytest.mark.parametrize("kind, settings", [
-    ("qwen2", BASE | dict(use_sliding_window=False, sliding_window=8)),
-    ("qwen2", BASE | dict(use_sliding_window=True, sliding_window=400, max_window_layers=1)),
-    ("qwen3", HEADS), ("gemma3_text", HEADS | dict(sliding_window=400)),
-    ("mixtral", EXPERTS | dict(router_jitter_noise=0.3)),
-    ("gpt2", GPT2 | dict(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)),
-    ("opt", BASE | dict(ffn_dim=48, word_embed_proj_dim=32, layerdrop=0.5, dropout=0.5))])
-def test_good_models_train_right(kind, settings, model_folder, words, tmp_path):
-    """Packed log-probs equal a plain pass, and a step trains; dropout is off."""
-    folder = model_folder(kind, settings)
-    policy = load(folder)
-    rng, plain = random.Random(0), AutoModelForCausalLM.from_pretrained(folder).eval()
-    prompts = [[rng.randrange(2, 22) for _ in range(9)]] * 2 + [[5, 6, 7]]
-    responses = [[rng.randrange(2, 22) for _ in range(n)] for n in (40, 7, 21)]
-    logprobs, _ = rlep.response_logprobs(policy.model, prompts, responses)
-    for prompt, response, ours in zip(prompts, responses, logprobs):
-        logits = plain(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
-        slow = logits.log_softmax(-1)[range(len(response)), response]
-        assert torch.allclose(ours[:len(response)], slow, atol=1e-4)
-    assert main(words(tmp_path / "run", *LONG, folder)) == 0
-    row = read_rows(tmp_path / "run/metrics.jsonl")[1]
-    assert row["trained_tokens"] and row["skipped"] == 0 and math.isfinite(row["loss"])
-
-
-@pytest.mark.parametrize("kind, settings", [
-    ("mistral", BASE | dict(sliding_window=8)), ("mistral", BASE | dict(sliding_window=30)),
-    ("gemma3", dict(text_config=HEADS | dict(sliding_window=30), vision_config=VISION,
-                    mm_tokens_per_image=1, image_token_id=39, boi_token_id=38, eoi_token_id=37)),
-    ("granite", BASE | dict(logits_scaling=4.0)), ("cohere", BASE | dict(logit_scale=0.25)),
-    ("llama", BASE | dict(rope_parameters=LONGROPE)), ("gpt2", GPT2 | dict(n_positions=40)),
-    ("gemma2", HEADS), ("lfm2", BASE | dict(full_attn_idxs=[1], block_multiple_of=8))])
-def test_bad_models_are_refused(kind, settings, model_folder, words, tmp_path, error):
-    """What packed rows or the cached sampling would get wrong ends in one line before training."""
-    assert "--model" in error(words(tmp_path / "run", *LONG, model_folder(kind, settings)))
-    assert not (tmp_path / "run/metrics.jsonl").exists()
+# ---- The equations -------------------------------------------------------------------------------
+def test_eq1_and_eq5_advantages():
+    """By hand, with the paper's two replayed successes; exactly 0; against a slow loop."""
+    rewards, ids = torch.tensor([-1.0] * 16 + [1.0] * 2), torch.zeros(18, dtype=torch.long)
+    advantages = rlep.group_advantages(rewards, ids).tolist()
+    assert advantages == pytest.approx([-0.3436] * 16 + [2.7487] * 2, abs=1e-4)
+    for size, reward in ((2, 1.0), (3, 0.1), (7, 0.1), (18, 1 / 3), (9, 1e-8), (7, 12345.678)):
+        assert not rlep.group_advantages(torch.full((size,), reward), ids[:size]).any()
+    rng, expected = random.Random(0), []
+    ids = [rng.choice([11, 5, 8, 2]) for _ in range(60)] + [99]
+    rewards = [rng.choice([-1.0, 1.0, 0.25, -1.7]) for _ in ids]
+    for reward, group in zip(rewards, ids):
+        own = [r for r, g in zip(rewards, ids) if g == group]
+        mean, std = (np.mean(own), np.std(own, ddof=1)) if len(own) > 1 else (0.0, 1.0)
+        expected.append((reward - mean) / (std + 1e-6))
+    advantages = rlep.group_advantages(torch.tensor(rewards), torch.tensor(ids))
+    assert advantages.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("ratio, advantage, dual, objective, slope, clip", [
+    (1.0, 2.0, 10.0, 2.0, 2.0, None), (1.27, 1.0, 10.0, 1.27, 1.27, None),
+    (1.5, 1.0, 10.0, 1.28, 0.0, "clip_high"), (20.0, 1.0, 10.0, 1.28, 0.0, "clip_high"),
+    (0.5, 1.0, 10.0, 0.5, 0.5, None), (1.5, -1.0, 10.0, -1.5, -1.5, None),
+    (0.81, -1.0, 10.0, -0.81, -0.81, None), (0.5, -1.0, 10.0, -0.8, 0.0, "clip_low"),
+    (20.0, -1.0, 10.0, -10.0, 0.0, "dual_clip"), (20.0, -3.0, 4.0, -12.0, 0.0, "dual_clip"),
+    (20.0, -1.0, None, -20.0, -20.0, None), (20.0, -1.0, 0, -20.0, -20.0, None)])
+def test_eq3_loss_of_one_token(ratio, advantage, dual, objective, slope, clip):
+    """Each side of each clip: value, gradient, which clip is counted; any mask, NaN outside it."""
+    for dtype, tokens, share in ((torch.bool, None, 1), (torch.long, 2, 0.5), (torch.half, 2, 0.5)):
+        logprobs = torch.tensor([[math.log(ratio) - 1.0, math.nan]]).double().requires_grad_()
+        loss, stats = rlep.policy_loss(
+            logprobs, torch.tensor([[-1.0, -5.0]]).double(), torch.tensor([advantage]).double(),
+            torch.tensor([[1, 0]]).to(dtype), dual_clip=dual, num_tokens=tokens)
+        loss.backward()
+        assert loss.item() == pytest.approx(-objective * share)
+        assert logprobs.grad[0].tolist() == pytest.approx([-slope * share, 0.0])
+        assert stats == {name: (name == clip) * share for name in ("clip_low", "clip_high")}
 
 
 def make_model(kind="Llama", vocabulary=40, **changes):
@@ -697,7 +229,7 @@ def mini_batch(vocabulary=40, advantages=torch.linspace(-1, 1, 12)):
     """Three groups of four answers, of lengths from 1 on; some members of a group are as long."""
     rng, lengths = random.Random(0), (3, 9, 1, 5, 1, 12, 7, 3, 3, 1, 16, 2, 8, 11, 4)
     prompts = [[rng.randrange(2, vocabulary) for _ in range(length)] for length in lengths]
-    return [Answer(i // 4, prompts[i // 4], response, advantage=float(advantages[i]))
+    return [Answer(prompts[i // 4], response, advantage=float(advantages[i]))
             for i, response in enumerate(prompts[3:])]
 
 
@@ -728,59 +260,12 @@ def keep_gradients(model):
     return optimizer, kept
 
 
-def test_advantages():
-    """By hand, with the paper's two replayed successes; exactly 0; against a slow loop."""
-    rewards, ids = torch.tensor([-1.0] * 16 + [1.0] * 2), torch.zeros(18, dtype=torch.long)
-    advantages = rlep.group_advantages(rewards, ids).tolist()
-    assert advantages == pytest.approx([-0.3436] * 16 + [2.7487] * 2, abs=1e-4)
-    for size, reward in ((2, 1.0), (3, 0.1), (7, 0.1), (18, 1 / 3), (9, 1e-8), (7, 12345.678)):
-        assert not rlep.group_advantages(torch.full((size,), reward), ids[:size]).any()
-    rng, expected = random.Random(0), []
-    ids = [rng.choice([11, 5, 8, 2]) for _ in range(60)] + [99]
-    rewards = [rng.choice([-1.0, 1.0, 0.25, -1.7]) for _ in ids]
-    for reward, group in zip(rewards, ids):
-        own = [r for r, g in zip(rewards, ids) if g == group]
-        mean, std = (np.mean(own), np.std(own, ddof=1)) if len(own) > 1 else (0.0, 1.0)
-        expected.append((reward - mean) / (std + 1e-6))
-    advantages = rlep.group_advantages(torch.tensor(rewards), torch.tensor(ids))
-    assert advantages.tolist() == pytest.approx(expected, abs=1e-5)
-
-
-def test_rewards(policy):
-    """1 or -1, less a penalty: none up to limit - buffer, factor at the limit, a line between."""
-    penalties = [rlep.overlong_penalty(length, 100, 20, 0.5) for length in (1, 80, 81, 90, 100)]
-    assert penalties == pytest.approx([0, 0, -0.025, -0.25, -0.5])
-    assert rlep.overlong_penalty(90, 100, 20) == -0.5 and rlep.overlong_penalty(99, 99, 0) == 0
-    config, problem = step_config(overlong_buffer=4), Problem("1+1=", "2")
-    for text, result in (("\\boxed{2}", (True, 0.5)), ("2", (False, -1.0))):  # 4 of 6 tokens, 2
-        assert rlep.score(policy, problem, policy.tokens(text), config) == result
-
-
-@pytest.mark.parametrize("ratio, advantage, dual, objective, slope, clip", [
-    (1.0, 2.0, 10.0, 2.0, 2.0, None), (1.27, 1.0, 10.0, 1.27, 1.27, None),
-    (1.5, 1.0, 10.0, 1.28, 0.0, "clip_high"), (20.0, 1.0, 10.0, 1.28, 0.0, "clip_high"),
-    (0.5, 1.0, 10.0, 0.5, 0.5, None), (1.5, -1.0, 10.0, -1.5, -1.5, None),
-    (0.81, -1.0, 10.0, -0.81, -0.81, None), (0.5, -1.0, 10.0, -0.8, 0.0, "clip_low"),
-    (20.0, -1.0, 10.0, -10.0, 0.0, "dual_clip"), (20.0, -3.0, 4.0, -12.0, 0.0, "dual_clip"),
-    (20.0, -1.0, None, -20.0, -20.0, None), (20.0, -1.0, 0, -20.0, -20.0, None)])
-def test_loss_of_one_token(ratio, advantage, dual, objective, slope, clip):
-    """Each side of each clip: value, gradient, which clip is counted; any mask, NaN outside it."""
-    for dtype, tokens, share in ((torch.bool, None, 1), (torch.long, 2, 0.5), (torch.half, 2, 0.5)):
-        logprobs = torch.tensor([[math.log(ratio) - 1.0, math.nan]]).double().requires_grad_()
-        loss, stats = rlep.policy_loss(
-            logprobs, torch.tensor([[-1.0, -5.0]]).double(), torch.tensor([advantage]).double(),
-            torch.tensor([[1, 0]]).to(dtype), dual_clip=dual, num_tokens=tokens)
-        loss.backward()
-        assert loss.item() == pytest.approx(-objective * share)
-        assert logprobs.grad[0].tolist() == pytest.approx([-slope * share, 0.0])
-        assert stats == {name: (name == clip) * share for name in ("clip_low", "clip_high")}
-
-
 @pytest.mark.parametrize("kind, vocabulary, changes", [
     ("Llama", 40, {}), ("Llama", 40, {"num_key_value_heads": 4}), ("Qwen2", 40, {}),
     ("Qwen2", 300_000, {"hidden_size": 8, "tie_word_embeddings": True})])  # chunks of 64 logits
-def test_update_equals_a_slow_loop(kind, vocabulary, changes, policy, monkeypatch):
-    """Log-probs, loss and gradient, those in float64; all settings; micro-batches are bounded."""
+def test_eq4_update_equals_a_slow_loop(kind, vocabulary, changes, policy, monkeypatch):
+    """Log-probs, loss and gradient, those in float64; all settings; one mean over the tokens of the
+    mini-batch, however it is cut into micro-batches, whose size is bounded."""
     policy.model, advantages = make_model(kind, vocabulary, **changes), torch.linspace(-99, 99, 12)
     advantages[[1, 4, 5, 6, 7]] = 0.0  # among them a whole group
     answers = mini_batch(vocabulary, advantages)
@@ -800,21 +285,108 @@ def test_update_equals_a_slow_loop(kind, vocabulary, changes, policy, monkeypatc
     monkeypatch.setattr(policy, "logprobs", lambda some, t: batches.append(some) or real(some, t))
     config = settings("", temperature=0.8, clip_low=0.1, clip_high=0.4, dual_clip=2.5)
     assert gradient.norm() > 2
-    for config.micro_tokens, number in ((1, 7), (23, 4), (40, 2), (56, 2), (57, 1)):
+    for config.micro_tokens, number in ((1, 7), (40, 3), (70, 2), (1000, 1)):
         batches.clear()
         stats = rlep.update_policy(policy, optimizer, answers, config, 0.0)
         assert (kept[-1] - gradient / gradient.norm()).norm() < 1e-4  # its norm is scaled to 1
         assert stats["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-5)
         assert stats["loss"] == pytest.approx(loss.item(), abs=2e-5) and stats["skipped"] == 0
         assert stats["clip_low"] > 0 and stats["clip_high"] > 0
-        assert sum(batches, []) == [a for a in answers if a.advantage]  # each once, no others
-        assert len(batches) == number  # the tokens of 7 answers and 4 prompts: 57
+        ids = [id(answer) for batch in batches for answer in batch]
+        assert sorted(ids) == sorted(id(a) for a in answers if a.advantage)  # each once, no others
+        assert len(batches) == number
+        for batch in batches:
+            assert len(batch) == 1 or rlep.padded_tokens(batch) <= config.micro_tokens
     answers[0].old_logprobs[0] = math.nan  # and no step is taken
-    stats = rlep.update_policy(policy, optimizer, answers, config, 0.0)
-    assert stats["skipped"] == 1 and len(kept) == 5
+    assert rlep.update_policy(policy, optimizer, answers, config, 0.0) == {"skipped": 1}
+    assert len(kept) == 4
 
 
-# ---- Sampling ------------------------------------------------------------------------------------
+def test_micro_batches():
+    """Tokens are counted as the model reads them: each prompt once, padded, and padded responses;
+    answers to one prompt stay together."""
+    one, other = [1] * 5, [2] * 9
+    assert rlep.padded_tokens([Answer(one, [0] * 3), Answer(other, [0]), Answer(one, [0])]) == 27
+    answers = [Answer([one, other][i % 2], [0] * (1 + i % 4)) for i in range(8)]
+    batches = rlep.micro_batches(answers, 21)
+    assert [len(batch) for batch in batches] == [4, 3, 1]  # 5 + 4 * 3; 9 + 3 * 4 and not 9 + 4 * 4
+    assert all(len({tuple(answer.prompt) for answer in batch}) == 1 for batch in batches)
+
+
+def test_overlong_penalty():
+    """None up to limit - buffer, factor at the limit, a line between; buffer 0: off."""
+    penalties = [rlep.overlong_penalty(length, 100, 20, 0.5) for length in (1, 80, 81, 90, 100)]
+    assert penalties == pytest.approx([0, 0, -0.025, -0.25, -0.5])
+    assert rlep.overlong_penalty(90, 100, 20) == -0.5 and rlep.overlong_penalty(99, 99, 0) == 0
+
+
+# ---- Reward and experience pool (section 3.2) ----------------------------------------------------
+def pool_row(question, gold, *candidates):
+    return {"data_source": "math", "prompt": chat(question), "ability": "MATH",
+            "reward_model": {"ground_truth": gold, "style": "rule", "candidates": list(candidates)},
+            "extra_info": {"index": 0}}
+
+
+def test_pool(tmp_path):
+    """At most m, none twice, all alike; the authors' rows; loading verifies again."""
+    pool, texts = ExperiencePool(), [f"zwölf {'so ' * i}\n\\boxed{{2}}" for i in range(5)]
+    system, path, counts = (("system", "Think."),), tmp_path / "pool.jsonl", Counter()
+    assert all(pool.add("q", "2", text, system) for text in texts) and pool.add("r", "4", "A: 4")
+    assert not pool.add("q", "2", "\\boxed{3}", system) and not pool.add("s", "3", "")
+    for seed in range(1000):
+        drawn = pool.draw("q", 2, random.Random(seed), system)
+        assert len(set(drawn)) == 2
+        counts.update(drawn)
+    assert set(counts) == set(texts) and min(counts.values()) > 320 and len(pool) == 6
+    rng = random.Random(0)
+    assert sorted(pool.draw("q", 9, rng, system)) == sorted(texts) and not pool.draw("q", 9, rng)
+    assert pool.add("q", "2", texts[0], system) and len(pool) == 7  # twice counts twice
+    pool.save(path)
+    row, other = read_rows(path)
+    assert row["prompt"] == [{"role": "system", "content": "Think."}, *chat("q")]
+    assert row["reward_model"] == {"ground_truth": "2", "style": "rule",
+                                   "candidates": [*texts, texts[0]]} and "data_source" in row
+    row["reward_model"]["candidates"].append("\\boxed{3}")
+    again = ExperiencePool.load(write_rows(path, [row, other]))
+    assert again.answers == pool.answers and {p.gold for p in again.answers} == {"2", "4"}
+
+
+def test_replays(policy, tmp_path, capsys):
+    """Verified by the training file's gold; neither too long nor to other questions; counted."""
+    rows = [pool_row("a", "2", "\\boxed{2}", "\\boxed{3}"), pool_row("b", "4", "\\boxed{4}"),
+            pool_row("c", "5", "\\boxed{5}", "1\\boxed{5}", "12\\boxed{5}")]
+    path = write_rows(tmp_path / "pool.jsonl", rows)
+    problems, config = [Problem("c", "5"), Problem("a", "2.0")], settings("", pool=path)
+    config.max_new_tokens = 5  # with the end token: \boxed{, 5, } and <eos> are 4
+    pool = rlep.load_replays(policy, problems, config)
+    assert pool.answers == {problems[0]: ["\\boxed{5}", "1\\boxed{5}"], problems[1]: ["\\boxed{2}"]}
+    assert "3 of 5 correct answers serve, to 2 of 2 questions" in capsys.readouterr().out
+
+
+def test_your_own_reward(policy, data, finished, tmp_path, monkeypatch):
+    """score decides in training, in collection, in loading a pool and in evaluation alike."""
+    def longer_is_better(problem, text):
+        return len(text) - 3.0
+
+    monkeypatch.setattr(rlep, "score", longer_is_better)
+    problems = [Problem("1*1 mod 10 = ", "1"), Problem("1*2 mod 10 = ", "2")]
+    groups = rlep.make_groups(policy, problems, ExperiencePool(), step_config(), 1)
+    for answer in sum(groups, []):
+        assert answer.reward == len(policy.decode(answer.response)) - 3
+        assert answer.correct == (answer.reward > 0)
+    pool = ExperiencePool()
+    assert pool.add("q", "1", "long enough") and not pool.add("q", "1", "\\b")
+    monkeypatch.setattr(policy, "sample", lambda asked, *_: [
+        (problem, [policy.encode_answer("1*1=1"), policy.encode_answer("1")]) for problem in asked])
+    assert rlep.evaluate(policy, problems, settings("", k=2), "title")["mean_at_k"] == 0.5
+    assert main(["collect", *RUN, *data, "--model", f"{finished}/base/policy", "--out",
+                 f"{tmp_path}/out"]) == 0
+    rows = read_rows(tmp_path / "out/pool.jsonl")
+    texts = sum([row["reward_model"]["candidates"] for row in rows], [])
+    assert any("boxed{?}" in text for text in texts) and min(map(len, texts)) > 3
+
+
+# ---- Sampling (section 3.1) ----------------------------------------------------------------------
 @torch.no_grad()
 def slow_rollout(model, prompt, group_size, limit, seed, ends, temperature, top_p):
     """One answer at a time without a cache, from the same uniform numbers."""
@@ -835,12 +407,12 @@ def test_sampling_equals_a_slow_loop(kind, temperature, top_p, ends, policy):
     policy.model, rows = make_model(kind, initializer_range=0.15), []
     policy.sampler = policy.model
     policy.sampler.register_forward_pre_hook(lambda _, inputs: rows.extend(map(len, inputs)))
-    prompts = {Problem(str(a.group), ""): a.prompt for a in mini_batch()}
-    problems, policy.prompt, policy.ends = list(prompts), prompts.get, ends
+    prompts = {Problem(str(answer.prompt), ""): answer.prompt for answer in mini_batch()}
+    problems, policy.encode_prompt, policy.ends = list(prompts), prompts.get, ends
     config = settings("", temperature=temperature, top_p=top_p, max_new_tokens=60, seed=3)
     found = list(policy.sample(problems, 4, config, "test", 4))
     flat = [answer for _, answers in found for answer in answers]
-    assert rows[:2] == [3, 12] and len(rows) <= max(map(len, flat)) + 3
+    assert rows[0] == 12 and len(rows) <= max(map(len, flat)) + 3
     for t in range(4, len(rows), 4):  # every 4 tokens it is looked which answers have ended
         assert rows[t] <= sum(len(answer) > t for answer in flat) / 0.8
     for problem, answers in found:
@@ -861,6 +433,13 @@ def test_sampling_equals_a_slow_loop(kind, temperature, top_p, ends, policy):
         assert group == [whole[0, ids.shape[1]:].tolist()] * 3
 
 
+def test_sampling_without_seeds(policy):
+    """The answers of a group differ, and so do two calls."""
+    calls = [rlep.rollout(policy.model, [[5, 6]], 8, max_new_tokens=9, eos_token_id=1,
+                          pad_token_id=0) for _ in range(2)]
+    assert calls[0] != calls[1] and len(set(map(tuple, calls[0][0]))) == 8
+
+
 @pytest.mark.parametrize("top_p, kept", [
     (0.45, [3]), (0.55, [3, 1]), (0.85, [3, 1, 2]), (0.96, [3, 1, 2, 4]), (1, [3, 1, 2, 4])])
 def test_top_p_keeps_the_smallest_set(top_p, kept):
@@ -879,29 +458,108 @@ def test_top_p_keeps_the_smallest_set(top_p, kept):
     assert rlep.sample_tokens(torch.full((1, 6), math.nan), uniform[-1:], 1.0, 1.0).item() < 6
 
 
+# ---- Log-probabilities of models of many kinds ---------------------------------------------------
+BASE = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+            initializer_range=0.25, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+HEADS = BASE | dict(head_dim=8)
+EXPERTS = BASE | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None)
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 40,
+            "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+GPT2 = dict(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=0.25,
+            pad_token_id=0, eos_token_id=1, bos_token_id=None)
+WINDOW = dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)
+VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+              image_size=28, patch_size=14)
+LONG = "--steps 1 --max_new_tokens 40 --overlong_buffer 39 --prompts_per_step 99 --model".split()
+
+
+@pytest.fixture
+def model_folder(tiny, tmp_path):
+    """model_folder(kind, settings): a random model with sharp predictions, and tiny's tokenizer."""
+    def make(kind, settings):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+        AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "model")
+        model.save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+    return make
+
+
+@pytest.mark.parametrize("kind, settings", [
+    ("qwen2", BASE | dict(use_sliding_window=False, sliding_window=8)), ("qwen2", BASE | WINDOW),
+    ("qwen3", HEADS), ("mistral", BASE | dict(sliding_window=8)),
+    ("gemma3_text", HEADS | dict(sliding_window=8)),
+    ("gemma3", dict(text_config=HEADS | dict(sliding_window=8), vision_config=VISION,
+                    mm_tokens_per_image=1, image_token_id=39, boi_token_id=38, eoi_token_id=37)),
+    ("mixtral", EXPERTS | dict(router_jitter_noise=0.3)),
+    ("gpt2", GPT2 | dict(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)),
+    ("opt", BASE | dict(ffn_dim=48, word_embed_proj_dim=32, layerdrop=0.5, dropout=0.5))])
+def test_good_models_train_right(kind, settings, model_folder, words, tmp_path):
+    """Log-probs, gradients and greedy sampling equal plain passes, also with attention windows that
+    are shorter than the text and prompts of one token, and a step trains; dropout is off."""
+    folder = model_folder(kind, settings)
+    policy = load(folder)
+    rng, plain = random.Random(0), AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompts = [[rng.randrange(2, 22) for _ in range(9)]] * 2 + [[5, 6, 7], [4]]
+    responses = [[rng.randrange(2, 22) for _ in range(n)] for n in (40, 7, 21, 3)]
+    logprobs, mask = rlep.response_logprobs(policy.model, prompts, responses)
+    slow = [slow_logprobs(plain, *pair) for pair in zip(prompts, responses)]
+    assert torch.allclose(logprobs[mask], torch.cat(slow), atol=1e-4)
+    logprobs.sum().backward()
+    torch.cat(slow).sum().backward()
+    for ours, theirs in zip(policy.model.parameters(), plain.parameters()):
+        if theirs.grad is not None:
+            assert (ours.grad - theirs.grad).norm() < 1e-3 * theirs.grad.norm() + 1e-5
+    greedy = rlep.rollout(plain, prompts[1:], 2, max_new_tokens=20, temperature=0, eos_token_id=1,
+                          pad_token_id=0)
+    for prompt, group in zip(prompts[1:], greedy):
+        text = list(prompt)
+        while len(text) < len(prompt) + 20 and text[-1] != 1:
+            text.append(plain(torch.tensor([text])).logits[0, -1].argmax().item())
+        assert group == [text[len(prompt):]] * 2
+    assert main(words(tmp_path / "run", *LONG, folder)) == 0
+    row = read_rows(tmp_path / "run/metrics.jsonl")[1]
+    assert row["trained_tokens"] and row["skipped"] == 0 and math.isfinite(row["loss"])
+
+
 # ---- The policy ----------------------------------------------------------------------------------
-def test_prompts_and_responses(policy, tmp_path):
-    """The chat, in its template; BOS without one; the end of a turn; <eos> in a text stays text."""
-    policy.tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
-    policy.tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<end>"
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}?{% endif %}")
-    policy.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<pad> $A", special_tokens=[("<pad>", 0)])
+TURNS = ("{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<end>"
+         "{% endif %}{% endfor %}{% if add_generation_prompt %}?{% endif %}")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_prompts_and_responses(listed, policy, tmp_path):
+    """The chat, in its template; the end of a turn, also where the special token is only an added
+    one (Gemma, Phi); stops of the generation config; <eos> in a text stays text."""
+    if listed:
+        policy.tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    else:
+        policy.tokenizer.add_tokens([transformers.AddedToken("<end>", special=True)])
+        assert 22 not in policy.tokenizer.all_special_ids
+    policy.tokenizer.chat_template = TURNS
     policy.model.resize_token_embeddings(23)
     policy.model.generation_config.eos_token_id = [1, 5]
     policy.save(tmp_path / "model")
     policy, problem = load(tmp_path / "model"), Problem("2=", "3", (("system", "1+"),))
-    assert set(policy.ends) == {1, 5, 22} and policy.tokens("7*3=1") == [13, 17, 9, 18, 7, 22]
-    assert policy.text([13, 17, 9, 18, 7, 22]) == "7*3=1" and policy.text([13, 17]) == "7*"
-    assert policy.tokens("1<eos>2").count(1) == 0 and len(policy.tokens("1<eos>2")) == 8
-    assert policy.prompt(problem) == policy.tokens("1+2=?")[:-1]
+    assert set(policy.ends) == {1, 5, 22}
+    assert policy.encode_answer("7*3=1") == [13, 17, 9, 18, 7, 22]
+    assert policy.decode([13, 17, 9, 18, 7, 22]) == "7*3=1" and policy.decode([13, 17]) == "7*"
+    assert policy.encode_answer("1<eos>2").count(1) == 0 and len(policy.encode_answer("1<eos>2")) == 8
+    assert policy.encode_prompt(problem) == policy.encode_answer("1+2=?")[:-1]
+
+
+@pytest.mark.parametrize("form, first, cut", [("<pad> $A", [0], 0), ("$A <eos>", [], 0)])
+def test_prompts_without_a_template(form, first, cut, policy):
+    """What the tokenizer puts in front stays; an eos that it appends to every text does not."""
     policy.tokenizer.chat_template = None
-    assert policy.prompt(problem) == [0] + policy.tokens("1+\n\nQuestion: 2=\nAnswer:")[:-1]
+    policy.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=form, special_tokens=[("<pad>", 0), ("<eos>", 1)])
+    text = policy.encode_answer("1+\n\nQuestion: 2=\nAnswer:")[:-1]
+    assert policy.encode_prompt(Problem("2=", "3", (("system", "1+"),))) == first + text
 
 
-def test_loading(tiny, tmp_path):
-    """Dropout is off, missing weights are refused."""
+def test_dropout_is_off(tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "model")
     AutoConfig.from_pretrained(tiny, attention_dropout=0.5).save_pretrained(folder)
     policy = Policy(settings(folder, max_new_tokens=1), [Problem("1", "1")])  # very short texts
@@ -909,9 +567,6 @@ def test_loading(tiny, tmp_path):
     for _ in range(2):
         rlep.update_policy(policy, optimizer, mini_batch(20), settings(""), 0.0)
     assert torch.equal(*kept)
-    AutoConfig.from_pretrained(tiny, num_hidden_layers=4).save_pretrained(folder)
-    with pytest.raises(UserError, match="missing"):
-        load(folder)
 
 
 def test_mixed_precision(tiny):
@@ -954,7 +609,7 @@ class OtherDevice(TorchFunctionMode):
 
 def test_everything_is_on_the_device_of_the_model(policy, two_problems, monkeypatch):
     """No tensor of a step is left on the CPU where the model may be elsewhere."""
-    monkeypatch.setattr(rlep, "score", lambda policy, _, response, __: (True, sum(response) % 3.0))
+    monkeypatch.setattr(rlep, "score", lambda problem, text: len(text) % 3.0)
     optimizer = torch.optim.AdamW(policy.model.parameters())
     with OtherDevice():
         rlep.train_step(policy, optimizer, *two_problems, step_config(top_p=0.9), 1)
@@ -962,52 +617,67 @@ def test_everything_is_on_the_device_of_the_model(policy, two_problems, monkeypa
             policy.model(torch.tensor([[2, 3]]))
 
 
-def step_config(**changes):
-    return settings("", **dict(group_size=16, max_new_tokens=6, minibatch_prompts=1) | changes)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("bf16", [0, 1])
+def test_cuda(bf16, finished, words, tmp_path):
+    """Both arms of a short run train on a GPU, and sampling there follows the same numbers."""
+    for name, *more in (("vanilla",), ("rlep", "--pool", finished / "pool.jsonl")):
+        flags = ["--steps", 2, "--device", "cuda", "--bf16", bf16, "--max_new_tokens", 24, *more]
+        assert main(words(tmp_path / name, *flags)) == 0
+        assert read_rows(tmp_path / name / "metrics.jsonl")[-1]["skipped"] == 0
+    if not bf16:
+        model = AutoModelForCausalLM.from_pretrained(finished / "base/policy")
+        texts = [rlep.rollout(model.to(device), [[7, 8, 9]], 4, max_new_tokens=20, seeds=[3],
+                              eos_token_id=1, pad_token_id=0) for device in ("cpu", "cuda")]
+        assert texts[0] == texts[1]
 
 
+# ---- The training step ---------------------------------------------------------------------------
 @pytest.fixture
 def two_problems():
-    """Two problems, and a pool with three right and two wrong answers to the first one only."""
+    """Two problems, and a pool with three answers to the first one only."""
     (problem, other), pool = rlep.embedded_problems(2, 5), ExperiencePool()
-    right = [f"{start}\\boxed{{{problem.gold}}}" for start in ("", "Work: ", "1+1=2,")]
-    for text in right + ["\\boxed{11}", "\\boxed{12}"]:
-        assert pool.add(problem.question, problem.gold, text) == (text in right)
+    for start in ("", "Work: ", "1+1=2,"):
+        assert pool.add(problem.question, problem.gold, f"{start}\\boxed{{{problem.gold}}}")
     return [problem, other], pool
 
 
 def test_groups(policy, two_problems):
     """G fresh answers, M of its own where a question has some; seed, step and question decide."""
     (problems, pool), parts = two_problems, []
-    answers = rlep.make_groups(policy, problems, pool, step_config(replay_failed=2), 1)
-    counts = Counter((answer.group, answer.replayed) for answer in answers)
-    assert counts == {(0, False): 16, (0, True): 4, (1, False): 16}
-    assert all(answer.prompt == policy.prompt(problems[answer.group]) for answer in answers)
-    replays = [answer for answer in answers if answer.replayed]
-    texts = [policy.text(answer.response) for answer in replays]
-    assert [(a.reward, a.response[-1]) for a in replays] == [(1, 1), (1, 1), (-1, 1), (-1, 1)]
-    assert set(texts[:2]) < set(pool.correct[problems[0]]) and texts[0] != texts[1]
-    assert set(texts[2:]) == {"\\boxed{11}", "\\boxed{12}"}
-    for given, number in ((pool, 34), (None, 32)):
-        assert len(rlep.make_groups(policy, problems, given, step_config(), 1)) == number
-    pool.correct = {problem: [f"1+{i}" for i in range(9)] for problem in problems}
+    config = step_config(overlong_buffer=4)
+    groups = rlep.make_groups(policy, problems, pool, config, 1)
+    counts = [Counter(answer.replayed for answer in group) for group in groups]
+    assert counts == [{False: 16, True: 2}, {False: 16}]
+    for problem, group in zip(problems, groups):
+        for answer in group:
+            penalty = rlep.overlong_penalty(len(answer.response), 6, 4)
+            assert answer.prompt == policy.encode_prompt(problem)
+            assert answer.correct == verify(policy.decode(answer.response), problem.gold)
+            assert answer.reward == (1 if answer.correct else -1) + penalty
+    replays = [answer for answer in groups[0] if answer.replayed]
+    texts = [policy.decode(answer.response) for answer in replays]
+    assert all(answer.correct and answer.response[-1] == 1 for answer in replays)
+    assert set(texts) < set(pool.answers[problems[0]]) and texts[0] != texts[1]
+    assert [len(group) for group in rlep.make_groups(
+        policy, problems, ExperiencePool(), step_config(), 1)] == [16, 16]
+    pool.answers = {problem: [f"1+{i}" for i in range(9)] for problem in problems}
     for seed, step in ((0, 1), (0, 2), (1, 1), (0, 1)):
-        config, found = step_config(replays=4, seed=seed), {}
-        for answer in rlep.make_groups(policy, problems, pool, config, step):
-            found.setdefault((answer.replayed, answer.group), []).append(answer.response)
-        parts += found.values()
+        config = step_config(replays=4, seed=seed)
+        for group in rlep.make_groups(policy, problems, pool, config, step):
+            for replayed in (False, True):
+                parts.append([a.response for a in group if a.replayed == replayed])
     assert parts[:4] == parts[-4:] and all(parts[:12].count(part) == 1 for part in parts)
 
 
-def test_a_step(policy, two_problems, monkeypatch):
+def test_eq5_a_step(policy, two_problems, monkeypatch):
     """One baseline with the replays; old log-probs are the start's, where there may be others."""
     (problem, other), pool = two_problems
-    third, right = Problem("1*1 mod 10 = ", "1"), pool.correct[problem]
+    third, right = Problem("1*1 mod 10 = ", "1"), pool.answers[problem]
     start, seen, real = copy.deepcopy(policy.model), [], rlep.update_policy
 
-    def score(policy, asked, response, config):
-        reward = 1.0 if policy.text(response) in right else -1.0
-        return reward > 0, reward if asked != third else float(sum(response) % 3)
+    def score(asked, text):
+        return len(text) % 3 if asked == third else 1.0 if text in right else -1.0
 
     def update(policy, optimizer, answers, config, rate):
         seen.append((answers, [answer.old_logprobs for answer in answers], rate))
@@ -1020,141 +690,51 @@ def test_a_step(policy, two_problems, monkeypatch):
     row = rlep.train_step(policy, optimizer, problems, pool, config, 1)
     (first, *olds, rate), (second, *more, _), (last, kept, _) = seen
     assert [a.advantage for a in first] == pytest.approx([-0.3436] * 16 + [2.7487] * 2, abs=1e-4)
-    assert [(a.group, a.advantage) for a in second] == [(1, 0.0)] * 16
-    assert {a.group for a in first} == {0} and olds + more == [[None] * 18, [None] * 16]
-    for a, old in zip(last, kept):
-        assert torch.allclose(old, slow_logprobs(start, a.prompt, a.response, 0.6), atol=1e-5)
-        now = slow_logprobs(policy.model, a.prompt, a.response, 0.6)
+    assert [answer.advantage for answer in second] == [0.0] * 16
+    assert olds + more == [[None] * 18, [None] * 16]
+    for answer, old in zip(last, kept):
+        assert torch.allclose(old, slow_logprobs(start, answer.prompt, answer.response, 0.6),
+                              atol=1e-5)
+        now = slow_logprobs(policy.model, answer.prompt, answer.response, 0.6)
         assert not torch.allclose(old, now, atol=0.01)  # the policy has changed by then
+    fresh = [answer for answer in first + second + last if not answer.replayed]
     assert row["replays"] == 2 and row["zero_variance"] == pytest.approx(1 / 3)
-    cut = [len(a.response) == 6 for a in first + second + last if not a.replayed]
-    assert row["truncated"] == np.mean(cut) > 0
+    assert row["truncated"] == np.mean([len(answer.response) == 6 for answer in fresh]) > 0
+    assert row["accuracy"] == np.mean([answer.correct for answer in fresh]) > 0
+    # Entropy: minus the log-probs, at the start of the step, of fresh answers with an advantage.
+    surprise = [-slow_logprobs(start, a.prompt, a.response, 0.6) for a in fresh if a.advantage]
+    assert row["entropy"] == pytest.approx(torch.cat(surprise).mean().item(), abs=1e-5)
+    assert row["entropy"] > 1  # an untrained model: nearly uniform over 22 tokens
     rlep.train_step(policy, optimizer, problems, pool, config, 9)
     assert (rate, seen[-1][2]) == (0.02, 0.08)
 
 
-def test_a_supervised_step(policy, two_problems, monkeypatch):
-    """The control: right replays teach, with advantage 1 and ratio 1; nothing else does."""
-    (problems, pool), config, seen = two_problems, step_config(sft_steps=2, replay_failed=2), []
-    pool.add(problems[1].question, problems[1].gold, f"\\boxed{{{problems[1].gold}}}")
-    monkeypatch.setattr(rlep, "update_policy", lambda *given: seen.extend(given[2]) or {})
-    monkeypatch.setattr(rlep, "score", lambda policy, problem, response, _: (
-        policy.text(response) in pool.correct[problem] or len(response) == 6, 0.0))
-    for step in (2, 3):
-        rlep.train_step(policy, None, problems, pool, config, step)
-        kinds = {(a.replayed, a.correct, a.advantage) for a in seen}
-        assert not any(a.old_logprobs for a in seen)
-        assert kinds == ({(1, 1, 1)} if step == 2 else {(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)})
-        seen.clear()
+def test_metrics_without_gradient_are_null(policy, two_problems, monkeypatch):
+    """Where no group teaches there is no entropy; where no update is taken, no loss: null in JSON,
+    and counted."""
+    (problems, _), optimizer = two_problems, torch.optim.AdamW(policy.model.parameters())
+    monkeypatch.setattr(rlep, "score", lambda problem, text: -1.0)
+    row = rlep.train_step(policy, optimizer, problems, ExperiencePool(), step_config(), 1)
+    assert row["entropy"] is None and row["zero_variance"] == 1 and row["grad_norm"] == 0
+    metrics = rlep.update_metrics([{"skipped": 1}, {"skipped": 1}])
+    assert metrics == dict.fromkeys(["loss", "clip_low", "clip_high", "grad_norm"]) | {"skipped": 1}
+    some = dict(loss=2.0, clip_low=0.5, clip_high=0.0, grad_norm=3.0, skipped=0)
+    assert rlep.update_metrics([some, {"skipped": 1}]) == some | {"skipped": 0.5}
 
 
-# ---- Experience pool and data --------------------------------------------------------------------
-def pool_row(question, gold, *candidates):
-    return {"data_source": "math", "prompt": chat(question), "ability": "MATH",
-            "reward_model": {"ground_truth": gold, "style": "rule", "candidates": list(candidates)},
-            "extra_info": {"index": 0}}
+def test_questions_of_a_step():
+    """Shuffled epochs without repeats, each less the rest that does not fill a step."""
+    problems, config = rlep.embedded_problems(10, 0), settings("", prompts_per_step=4, seed=2)
+    steps = [rlep.questions_of_step(problems, config, step) for step in range(1, 5)]
+    for epoch in (steps[:2], steps[2:]):
+        assert len(set(sum(epoch, []))) == 8
+    assert steps[:2] != steps[2:] and steps[0] != problems[:4]
+    config.prompts_per_step = 99
+    assert sorted(p.question for p in rlep.questions_of_step(problems, config, 7)) == sorted(
+        p.question for p in problems)
 
 
-def test_pool(tmp_path):
-    """At most m, none twice, all alike; the authors' rows; loading verifies again."""
-    pool, texts = ExperiencePool(), [f"zwölf {'so ' * i}\n\\boxed{{2}}" for i in range(5)]
-    system, path, counts = (("system", "Think."),), tmp_path / "pool.jsonl", Counter()
-    assert all(pool.add("q", "2", text, system) for text in texts) and pool.add("r", "4", "A: 4")
-    assert not pool.add("q", "2", "\\boxed{3}", system) and not pool.add("s", "3", "")
-    for seed in range(1000):
-        drawn = pool.draw("q", 2, random.Random(seed), system)
-        assert len(set(drawn)) == 2
-        counts.update(drawn)
-    assert set(counts) == set(texts) and min(counts.values()) > 320 and len(pool) == 6
-    rng = random.Random(0)
-    assert sorted(pool.draw("q", 9, rng, system)) == sorted(texts) and not pool.draw("q", 9, rng)
-    assert pool.draw("q", 2, rng, system, failed=True) == ["\\boxed{3}"]
-    assert pool.add("q", "2", texts[0], system) and len(pool) == 7  # twice counts twice
-    pool.save(path)
-    row, other = read_rows(path)
-    assert row["prompt"] == [{"role": "system", "content": "Think."}, *chat("q")]
-    assert row["reward_model"] == {"ground_truth": "2", "style": "rule",
-                                   "candidates": [*texts, texts[0]]} and "data_source" in row
-    again = ExperiencePool.load(path)
-    assert again.correct == pool.correct and {p.gold for p in again.correct} == {"2", "4"}
-    assert again.failed == {Problem("q", "2", system): ["\\boxed{3}"]}
-
-
-def test_replays(policy, tmp_path, capsys):
-    """Verified by the training file's gold; neither too long nor to other questions; counted."""
-    rows = [pool_row("a", "2", "\\boxed{2}", "\\boxed{3}"), pool_row("b", "4", "\\boxed{4}"),
-            pool_row("c", "5", "\\boxed{5}", "12345\\boxed{5}")]
-    path = write_rows(tmp_path / "pool.jsonl", rows)
-    problems, config = [Problem("c", "5"), Problem("a", "3")], settings("", pool=path)
-    config.max_new_tokens = 5
-    pool = rlep.load_replays(policy, problems, config)
-    assert pool.correct == {problems[0]: ["\\boxed{5}"], problems[1]: ["\\boxed{3}"]}
-    assert "2 of 4 correct answers serve, to 2 of 2 questions" in capsys.readouterr().out
-    assert pool.failed == {problems[1]: ["\\boxed{2}"]}
-
-
-def test_problems_of_files(tmp_path):
-    """Rows as published; the same if chat and question are, and then the first counts."""
-    for row, question, gold in (
-            ({"question": "Sum?", "answer": "\\boxed{1}?<<6*7=42>>42\n#### 42"}, "Sum?\nBOX", "42"),
-            ({"problem": "Find.", "level": "Level 5", "solution":  # MATH; above, GSM8K
-              "First \\boxed{1}? No: $x=\\fbox{\\frac{1}{2}}$."}, "Find.\nBOX", "\\frac{1}{2}"),
-            ({"prompt": chat("Do."), "reward_model": {"ground_truth": "34"}}, "Do.", "34"),  # DAPO
-            ({"problem": "Aya", "solution": "\\boxed{9}", "answer": "204"}, "Aya\nBOX", "204"),
-            ({"id": 0, "question": "Cities", "answer": 27.0}, "Cities\nBOX", "27.0"),  # AMC
-            ({"question": "q", "reward_model": None, "answer": 0}, "q\nBOX", "0"),
-            ({"question": "q", "answer": 2.5}, "q\nBOX", "2.5"),
-            ({"question": "q", "answer": "", "solution": "so \\boxed{3}"}, "q\nBOX", "3"),
-            (pool_row("r", "3", "\\boxed{3}"), "r", "3")):
-        problem = rlep.row_to_problem(row, "f:1")
-        assert problem == Problem(question.replace("BOX", rlep.BOXED), "") and problem.gold == gold
-    rows = [{"prompt": chat("a"), "answer": 1}, {"prompt": chat("a"), "answer": 3},
-            {"prompt": [{"role": "system", "content": "s"}, *chat("a")], "answer": 2},
-            {"prompt": chat("b"), "answer": 4}]
-    train, test = write_rows(tmp_path / "a", rows), write_rows(tmp_path / "b", rows[3:])
-    problems, held_out = rlep.load_problems(Config(data=train, eval_data=test, eval_size=2))
-    assert problems == [Problem("a", "1"), Problem("a", "2", (("system", "s"),)), Problem("b", "4")]
-    assert [problem.gold for problem in problems + held_out] == ["1", "2", "4", "4"]
-    assert len(rlep.load_problems(Config(eval_data=test))[0]) == 512
-    write_rows(tmp_path / "a", [{"question": f"{i % 30}", "answer": i} for i in range(40)])
-    problems, held_out = rlep.load_problems(Config(data=train, eval_size=8, train_size=15))
-    assert [int(p.gold) for p in problems + held_out] == [*range(15), *range(22, 30)]
-
-
-def test_embedded_problems():
-    """Lengths 2, 3, 4 in turn, golds and noiseless workings right."""
-    rng, problems = random.Random(0), sum(rlep.load_problems(Config()), [])
-    for place, problem in enumerate(problems):
-        length = problem.question.count("*")
-        assert length == 2 + place % 3 and eval(problem.question[:-10]) % 10 == int(problem.gold)
-        working = rlep.write_working(problem.question, rng, noise=0)
-        steps = working.split("\\")[0].split(",")
-        assert len(steps) == 2 * length - 1 and all(eval(s[:-2]) % 10 == int(s[-1]) for s in steps)
-        assert rlep.verify(working, problem.gold)
-    wrong = [not rlep.verify(rlep.write_working(p.question, rng), p.gold) for p in problems]
-    assert 0.1 < np.mean(wrong) < 0.35  # 3 to 7 results of noise 0.05 each
-    assert len(set(problems)) == 768
-
-
-def test_what_the_base_is_taught(tiny, tmp_path, monkeypatch):
-    """Three in four to work once begun; else to give up, or to begin, the rarer the longer."""
-    taught, works = Counter(), Counter()
-
-    def update(policy, optimizer, answers, config, rate):
-        for answer in answers:
-            prompt, text = policy.text(answer.prompt), policy.text(answer.response)
-            begun = prompt.endswith("Work: ")
-            taught[begun, text == "\\boxed{?}"] += 1
-            works[prompt.count("*")] += not begun and text.startswith("Work: ")
-            assert answer.advantage == config.temperature == 1 and begun != (text[0] in "W\\")
-
-    monkeypatch.setattr(rlep, "update_policy", update)
-    rlep.make_base(settings("", warmup_steps=150, temperature=0.5), tmp_path)
-    assert taught[True, False] == 7200 and not taught[True, True]
-    assert taught[False, False] == sum(works.values()) < 0.03 * 2400
-    assert works[2] > 2 * works[3] > 2 * works[4]
-
-
+# ---- Evaluation ----------------------------------------------------------------------------------
 def test_evaluation(policy, monkeypatch):
     """mean@k, its interval over questions, pass@k (unbiased), maj@k; every question, own gold."""
     correct = [[True, False, False, False], [True] * 4, [False] * 4]
@@ -1167,12 +747,219 @@ def test_evaluation(policy, monkeypatch):
     answers = [["3", "1", "1", None], ["5", "5", "6", "6"], [None, None, None, "2"]]
     marks = [[False, True, True, False], [True, True, False, False], [False] * 4]
     assert rlep.maj_at_k(answers, marks) == pytest.approx(2 / 3)  # not the first; a tie; blanks
-    problems, wrong = rlep.embedded_problems(6, 0), policy.tokens("\\boxed{?}")
-    own = [policy.tokens(f"\\boxed{{{problem.gold}}}") for problem in problems]
+    assert rlep.maj_at_k([[None, None, "2"], [None, None]], [[False, False, True]] * 2) == 0.5
+    problems, wrong = rlep.embedded_problems(6, 0), policy.encode_answer("\\boxed{?}")
+    own = [policy.encode_answer(f"\\boxed{{{problem.gold}}}") for problem in problems]
     monkeypatch.setattr(policy, "sample", lambda asked, k, *_: [
         (asked[i], ([own[i]] * (i % 3) + [wrong] * k)[:k]) for i in range(6) if asked == problems])
     row = rlep.evaluate(policy, problems, settings("", k=2), "title")
     assert (row["mean_at_k"], row["pass_at_k"], row["maj_at_k"]) == pytest.approx((1/2, 2/3, 2/3))
+
+
+# ---- The phases ----------------------------------------------------------------------------------
+def test_run_leaves_everything(finished):
+    """Every file, with what other programs read; RLEP alone replays; the pool is verified."""
+    summary = object_of(finished / "summary.json")
+    for arm in ("vanilla", "rlep"):
+        own = object_of(finished / arm / "summary.json")
+        rows = read_rows(finished / arm / "metrics.jsonl")
+        assert [row["step"] for row in rows] == list(range(7)) and summary[arm] == own
+        assert own["curve"] == [[r["step"], r["mean_at_k"]] for r in rows if "mean_at_k" in r]
+        assert [step for step, _ in own["curve"]] == [0, 3, 6] and own["seed"] == 0
+        assert own["arm"] == ("RLEP, M = 2" if arm == "rlep" else "vanilla RL")
+        assert own["ci95"][0] <= own["mean_at_k"] == own["curve"][-1][1] <= own["ci95"][1]
+        assert all((row["replays"] > 0) == (arm == "rlep") for row in rows[1:])
+        assert all(row["replays"] <= 8 and row["skipped"] == 0 for row in rows[1:])
+        assert rows[-1]["reward"] > rows[1]["reward"] + 0.2  # it learns
+        assert (finished / arm / "policy/model.safetensors").exists()
+    pool = read_rows(finished / "pool.jsonl")
+    held = [row["reward_model"]["candidates"] for row in pool]
+    assert summary["questions"] == len(pool) >= 4 and summary["answers"] == sum(map(len, held))
+    assert all(len(texts) >= 2 and all(verify(t, "7") for t in texts) for texts in held)
+    assert (finished / "base/policy").is_dir() and not list(finished.rglob("*.partial"))
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("arm", ["vanilla", "rlep"])
+def test_eval_reproduces_the_summary(arm, finished, files, data, capsys, monkeypatch):
+    """eval asks each held-out question once, with the run's result; transformers loads it."""
+    real, asked = rlep.rollout, []
+
+    def spy(model, prompts, *rest, **options):
+        asked.extend(prompts if options.get("seeds") else [])
+        return real(model, prompts, *rest, **options)
+
+    monkeypatch.setattr(rlep, "rollout", spy)
+    assert main(["eval", *RUN, *data, "--model", f"{finished}/{arm}/policy"]) == 0
+    own, printed = object_of(finished / arm / "summary.json"), capsys.readouterr().out
+    assert all(f"{x}@4 {own[f'{x}_at_k']:.1%}" in printed for x in ("mean", "maj", "pass"))
+    model, tokenizer = (x.from_pretrained(finished / arm / "policy") for x in
+                        (AutoModelForCausalLM, AutoTokenizer))
+    assert [tokenizer.decode(prompt) for prompt in asked] == [
+        row["prompt"][0]["content"] for row in read_rows(files / "held_out.jsonl")]
+    theirs = model.generate(torch.tensor(asked[:1]), do_sample=False, max_new_tokens=24)
+    assert [[theirs[0, len(asked[0]):].tolist()]] == real(
+        model, asked[:1], 1, max_new_tokens=24, temperature=0, eos_token_id=1, pad_token_id=0)
+    state = torch.load(finished / arm / "checkpoint.pt", weights_only=True)
+    assert all(torch.equal(state["model"][name], x) for name, x in model.state_dict().items())
+    assert state["adam"]["param_groups"][0]["weight_decay"] == 0.1
+    words = ["eval", *RUN, *data, "--model", f"{finished}/{arm}/policy", "--temperature", "0"]
+    assert main(words) == 0
+
+
+def test_both_arms_see_the_same_questions(finished, words, tmp_path, monkeypatch):
+    """In the same order, also where the pool has none; RLEP replays M; a step has its own seeds."""
+    real, rollout, rows = rlep.make_groups, rlep.rollout, read_rows(finished / "pool.jsonl")[:5]
+    pool, known = write_rows(tmp_path / "pool", rows), {r["prompt"][0]["content"] for r in rows}
+    seen, seeds = {"vanilla": [], "rlep": []}, []
+
+    def sampling(*given, **options):
+        seeds.extend(options["seeds"])
+        return rollout(*given, **options)
+
+    def spy(policy, problems, *rest):
+        with monkeypatch.context() as patch:
+            patch.setattr(rlep, "rollout", sampling)
+            groups = real(policy, problems, *rest)
+        for problem, group in zip(problems, groups):
+            seen[arm].append(problem.question)
+            replays = [answer for answer in group if answer.replayed]
+            assert len(replays) == (2 if arm == "rlep" and problem.question in known else 0)
+        return groups
+
+    monkeypatch.setattr(rlep, "make_groups", spy)
+    for arm, more in (("vanilla", []), ("rlep", ["--pool", pool])):
+        assert main(words(tmp_path / arm, "--max_new_tokens", 24, "--steps", 16, *more)) == 0
+    assert seen["vanilla"] == seen["rlep"] and len(seen["rlep"]) == 32  # two epochs
+    first, second = seen["rlep"][:16], seen["rlep"][16:]
+    assert set(first) == set(second) and first != second
+    assert seeds[:32] == seeds[32:] and len(set(seeds)) == 32
+
+
+def test_collection_has_its_own_sampling_and_rules(tiny, data, tmp_path, monkeypatch):
+    """Its temperature, top-p and K; cut answers do not count; two correct ones are needed."""
+    policy = load(tiny)
+    right, other, wrong = (policy.encode_answer(f"{text}}}") for text in
+                           ("\\boxed{7", "1+6=7\\boxed{7", "\\boxed{3"))
+    groups = [[right, other, wrong], [right, other[:-1], wrong], [right, right, other]]
+    groups, real, seen = groups + 13 * [[wrong, wrong, right]], rlep.rollout, []
+
+    def fake(model, prompts, size, **options):
+        if not options.get("seeds"):  # the check of the model
+            return real(model, prompts, size, **options)
+        seen.append((size, options["temperature"], options["top_p"]))
+        return [groups.pop(0) for _ in prompts]
+
+    monkeypatch.setattr(rlep, "rollout", fake)
+    assert main(["collect", *data, "--model", str(tiny), "--out", f"{tmp_path}/out",
+                 *"--threads 1 --temperature 0.5 --top_p 0.6 --collect_temperature 1.7 "
+                 "--collect_top_p 0.9 --collect_k 3 --sample_rows 6".split()]) == 0
+    assert set(seen) == {(3, 1.7, 0.9)} and not groups
+    held = [row["reward_model"]["candidates"] for row in read_rows(tmp_path / "out/pool.jsonl")]
+    texts = [policy.decode(response) for response in (right, other)]
+    assert held == [texts, [texts[0], *texts]]
+
+
+@pytest.mark.parametrize("arm", ["vanilla", "rlep"])
+def test_bf16_goes_on(arm, finished, words, tmp_path):
+    """--bf16 1 trains fp32 weights, and a stopped run ends as an undisturbed one."""
+    more = ["--steps", 3, "--bf16", 1, "--max_new_tokens", 24]
+    more += ["--pool", finished / "pool.jsonl"] if arm == "rlep" else []
+    assert main(words(tmp_path / "whole", *more)) == 0
+    crash("train_step", 3, words(tmp_path / "stopped", *more))
+    assert main(words(tmp_path / "stopped", *more)) == 0
+    assert result_of(tmp_path / "stopped") == result_of(tmp_path / "whole")
+    state = torch.load(tmp_path / "whole/checkpoint.pt", weights_only=True)["model"]
+    assert all(value.dtype == torch.float32 for value in state.values())
+
+
+def test_plot(finished, trained, tmp_path, capsys, error):
+    """A run's two arms and a train of its own: their last figures, and a picture."""
+    capsys.readouterr()
+    assert main(["plot", str(finished), str(trained), "--out", f"{tmp_path}/picture"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line, folder in zip(lines, (finished / "vanilla", finished / "rlep", trained), strict=True):
+        summary = object_of(folder / "summary.json")
+        assert line.startswith(f"{summary['arm']} ({folder}), step 6: mean@k "
+                               f"{summary['mean_at_k']:.1%}, pass@k {summary['pass_at_k']:.1%}")
+    assert (tmp_path / "picture/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path) in error(["plot", tmp_path])
+
+
+# ---- Data files ----------------------------------------------------------------------------------
+def test_problems_of_files(tmp_path, capsys):
+    """Rows as published; the same if chat and question are, and then the first counts."""
+    for row, question, gold in (
+            ({"question": "Sum?", "answer": "\\boxed{1}?<<6*7=42>>42\n#### 42"}, "Sum?\nBOX", "42"),
+            ({"problem": "Find.", "level": "Level 5", "solution":  # MATH; above, GSM8K
+              "First \\boxed{1}? No: $x=\\fbox{\\frac{1}{2}}$."}, "Find.\nBOX", "\\frac{1}{2}"),
+            ({"prompt": chat("Do."), "reward_model": {"ground_truth": "34"}}, "Do.", "34"),  # DAPO
+            ({"problem": "Aya", "solution": "\\boxed{9}", "answer": "204"}, "Aya\nBOX", "204"),
+            ({"id": 0, "question": "Cities", "answer": 27.0}, "Cities\nBOX", "27.0"),  # AMC
+            ({"question": "q", "reward_model": None, "answer": 0}, "q\nBOX", "0"),
+            ({"question": "q", "answer": 2.5}, "q\nBOX", "2.5"),
+            ({"question": "q", "answer": "", "solution": "so \\boxed{3}"}, "q\nBOX", "3"),
+            ({"question": "q", "answer": ["42"]}, "q\nBOX", "42"),  # OlympiadBench
+            ({"question": "q", "answer": ["4", "2"]}, "q\nBOX", "4, 2"),
+            ({"question": "q", "solution": "6*30, so the answer is: 180."}, "q\nBOX", "180"),
+            (pool_row("r", "3", "\\boxed{3}"), "r", "3")):
+        problem = rlep.row_to_problem(row, "f:1")
+        assert problem == Problem(question.replace("BOX", rlep.BOXED), "") and problem.gold == gold
+    rows = [{"prompt": chat("a"), "answer": 1}, {"prompt": chat("a"), "answer": 3},
+            {"prompt": [{"role": "system", "content": "s"}, *chat("a")], "answer": 2},
+            {"prompt": chat("b"), "answer": 4}, {"prompt": chat("c"), "answer": 5}]
+    train, test = write_rows(tmp_path / "a", rows), write_rows(tmp_path / "b", rows[3:4])
+    problems, held_out = rlep.load_problems(Config(data=train, eval_data=test, eval_size=2))
+    assert problems == [Problem("a", ""), Problem("a", "", (("system", "s"),)), Problem("c", "")]
+    assert held_out == [Problem("b", "")]  # what is held out is not trained on
+    assert [problem.gold for problem in problems + held_out] == ["1", "2", "5", "4"]
+    assert f"{train}: 1 row" in capsys.readouterr().out
+    assert len(rlep.load_problems(Config(eval_data=test))[0]) == 512
+    write_rows(tmp_path / "a", [{"question": f"{i % 30}", "answer": i} for i in range(40)])
+    problems, held_out = rlep.load_problems(Config(data=train, eval_size=8, train_size=15))
+    assert [int(p.gold) for p in problems + held_out] == [*range(15), *range(22, 30)]
+
+
+# ---- The embedded problems and their base model --------------------------------------------------
+class NoNoise(random.Random):
+    """Random numbers that never fall below 0.5."""
+
+    def random(self):
+        return 0.5 + super().random() / 2
+
+
+def test_embedded_problems():
+    """Lengths 2, 3, 4 in turn, golds and noiseless workings right."""
+    rng, problems = random.Random(0), sum(rlep.load_problems(Config()), [])
+    for place, problem in enumerate(problems):
+        length = problem.question.count("*")
+        assert length == 2 + place % 3 and eval(problem.question[:-10]) % 10 == int(problem.gold)
+        working = rlep.write_working(problem.question, NoNoise(place))
+        steps = working.split("\\")[0].split(",")
+        assert len(steps) == 2 * length - 1 and all(eval(s[:-2]) % 10 == int(s[-1]) for s in steps)
+        assert verify(working, problem.gold)
+    wrong = [not verify(rlep.write_working(p.question, rng), p.gold) for p in problems]
+    assert 0.1 < np.mean(wrong) < 0.35  # 3 to 7 results of noise 0.05 each
+    assert len(set(problems)) == 768
+
+
+def test_what_the_base_is_taught(tiny, tmp_path, monkeypatch):
+    """Three in four to work once begun; else to give up, or to begin, the rarer the longer."""
+    taught, works = Counter(), Counter()
+
+    def update(policy, optimizer, answers, config, rate):
+        for answer in answers:
+            prompt, text = policy.decode(answer.prompt), policy.decode(answer.response)
+            begun = prompt.endswith("Work: ")
+            taught[begun, text == "\\boxed{?}"] += 1
+            works[prompt.count("*")] += not begun and text.startswith("Work: ")
+            assert answer.advantage == config.temperature == 1 and begun != (text[0] in "W\\")
+
+    monkeypatch.setattr(rlep, "update_policy", update)
+    rlep.make_base(settings("", warmup_steps=150, temperature=0.5), tmp_path)
+    assert taught[True, False] == 7200 and not taught[True, True]
+    assert taught[False, False] == sum(works.values()) < 0.03 * 2400
+    assert works[2] > 2 * works[3] > 2 * works[4]
 
 
 # ---- The verifier --------------------------------------------------------------------------------
@@ -1255,11 +1042,473 @@ def test_hostile_input_is_false_fast_and_never_raises(text):
         assert time.perf_counter() - start < 1
 
 
-# ---- The README and the benchmark ----------------------------------------------------------------
+# ---- Models that would be trained wrongly are refused --------------------------------------------
+@pytest.mark.parametrize("kind, settings", [
+    ("granite", BASE | dict(logits_scaling=4.0)), ("cohere", BASE | dict(logit_scale=0.25)),
+    ("llama", BASE | dict(rope_parameters=LONGROPE)), ("gpt2", GPT2 | dict(n_positions=40)),
+    ("gemma2", HEADS), ("lfm2", BASE | dict(full_attn_idxs=[1], block_multiple_of=8))])
+def test_bad_models_are_refused(kind, settings, model_folder, words, tmp_path, error):
+    """What cached prompts or the cached sampling would get wrong ends in one line, untrained."""
+    assert "--model" in error(words(tmp_path / "run", *LONG, model_folder(kind, settings)))
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_weights_that_are_not_what_they_seem(tiny, tmp_path):
+    """Missing, frozen, in whole numbers or with scales beside them: refused, also under -O."""
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    AutoConfig.from_pretrained(tiny, num_hidden_layers=4).save_pretrained(folder)
+    with pytest.raises(UserError, match=r"layers\.3\..* is missing"):
+        load(folder)
+    script = f"import rlep; rlep.Policy(rlep.Config(model={str(folder)!r}, device='cpu', bf16=0), [])"
+    ended = subprocess.run([sys.executable, "-O", "-c", script], cwd=HERE, capture_output=True, text=True)
+    assert "is missing" in ended.stderr and ended.returncode == 1
+    model, loading = make_model(), {"missing_keys": [], "unexpected_keys": ["rotary.inv_freq"]}
+    rlep.check_weights(model, loading, "name")
+    loading["unexpected_keys"].append("layers.0.weight_scale")
+    with pytest.raises(UserError, match="weight_scale"):
+        rlep.check_weights(model, loading, "name")
+    loading["unexpected_keys"].clear()
+    for change in (lambda w: w.requires_grad_(False), lambda w: setattr(w, "data", w.data.half())):
+        model = make_model()
+        change(model.model.norm.weight)
+        with pytest.raises(UserError, match="norm.weight"):
+            rlep.check_weights(model, loading, "name")
+
+
+# ---- Run folders: resuming -----------------------------------------------------------------------
+def child(words, log, file_limit):
+    """In a process of its own: rlep.main, with stderr in a file and a bound on files' size."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have ignored it
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    raise SystemExit(main(words))
+
+
+@pytest.fixture(scope="session")
+def start():
+    """Starts rlep.main(words) in a process, forked off one that has loaded everything: quick."""
+    context = multiprocessing.get_context("forkserver")
+    os.environ["PYTHONPATH"] = str(HERE)
+    context.set_forkserver_preload([Path(__file__).stem])
+
+    def start(words, log, file_limit=0):
+        process = context.Process(target=child, args=(list(map(str, words)), str(log), file_limit))
+        process.start()
+        return process
+
+    return start
+
+
+def signature(path):
+    """Changes when a file, or the unfinished one beside it, is written."""
+    try:
+        stats = [file.stat() for file in path.parent.glob(f"{path.name}*")]
+        return sorted((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)
+    except FileNotFoundError:  # renamed in this moment
+        return None
+
+
+MOMENTS = [  # once it is being written, a run is killed within so many seconds
+    ("config.json", 0), ("base/initial", 0.5), ("base/policy", 0.005),
+    ("vanilla/config.json", 0.001), ("vanilla/metrics.jsonl", 0.1),
+    ("vanilla/checkpoint.pt", 0.003), ("vanilla/checkpoint.pt", 0.2), ("vanilla/policy", 0.005),
+    ("collection/collected.jsonl", 0.03), ("collection/collected.jsonl", 0.1),
+    ("collection/pool.jsonl", 0.003), ("rlep/metrics.jsonl", 0.1), ("rlep/checkpoint.pt", 0.003),
+    ("rlep/checkpoint.pt", 0.1), ("rlep/policy", 0.002), ("summary.json", 0)]
+
+
+def test_killed_at_any_moment(finished, data, start, tmp_path):
+    """kill -9 in every phase, also in the middle of a save: the same result, byte for byte."""
+    kills, phases, out = 0, set(), tmp_path / "run"
+    for i, (_, longest) in enumerate(MOMENTS):
+        paths = [out / name for name, _ in MOMENTS[i:]]
+        before = list(map(signature, paths))
+        process = start(["run", *RUN, *data, "--out", out], tmp_path / "log")
+        while process.is_alive() and list(map(signature, paths)) == before:
+            time.sleep(0.0003)
+        time.sleep(random.uniform(0, longest))
+        process.kill()
+        process.join()
+        assert process.exitcode in (-signal.SIGKILL, 0), (tmp_path / "log").read_text()
+        kills += process.exitcode == -signal.SIGKILL
+        ends = ("base/policy", "vanilla/summary.json", "collection/summary.json")
+        phases.add(sum((out / end).exists() for end in ends))
+    assert kills >= 10 and phases == {0, 1, 2, 3}
+    assert main(["run", *RUN, *data, "--out", str(out)]) == 0
+    assert result_of(out) == result_of(finished)
+
+
+@pytest.fixture(scope="session")
+def interrupted(files, words):
+    """A train of 6 steps that stopped in the 6th; its last checkpoint is that of the 4th."""
+    crash("train_step", 6, words(files / "interrupted", "--steps", 6, "--save_every", 2))
+    assert len(read_rows(files / "interrupted/metrics.jsonl")) == 6  # steps 0 to 5
+    return files / "interrupted"
+
+
+def cut(path):
+    """Leaves the first half of a file."""
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def leave_partial_files(folder):
+    """What a crash in the middle of a save leaves, and a policy that is older."""
+    for name in ("checkpoint.pt", "config.json", "summary.json"):
+        (folder / f"{name}.partial").write_bytes(b"half of")
+    for name in ("policy.partial", "policy"):
+        (folder / name).mkdir()
+        (folder / name / "stale.bin").write_bytes(b"half of")
+
+
+@pytest.mark.parametrize("leave", [
+    lambda folder: None, leave_partial_files,
+    lambda folder: (folder / "policy.partial").write_text("a file where a folder is written"),
+    lambda folder: (folder / "metrics.jsonl").open("a").write('{"step": 6, "accu')])
+def test_leftovers_of_a_crash_do_no_harm(leave, interrupted, trained, words, tmp_path):
+    """Rows behind the checkpoint are made again, not kept twice; half a file or row is ignored."""
+    shutil.copytree(interrupted, tmp_path / "run")
+    leave(tmp_path / "run")
+    assert main(words(tmp_path / "run", "--steps", 6, "--save_every", 3)) == 0
+    assert result_of(tmp_path / "run") == result_of(trained)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_finished_run_without_its_policy_writes_it_again(trained, words, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/policy")
+    assert main(words(tmp_path / "run", "--steps", 6)) == 0
+    assert result_of(tmp_path / "run") == result_of(trained)
+
+
+@pytest.mark.parametrize("answered", [0, 1, 3])
+def test_collection_goes_on(answered, finished, data, tmp_path, error):
+    """Stopped between batches of four questions: the same pool."""
+    out, command = tmp_path / "out", ["collect", *RUN, *data]
+    command += ["--model", f"{finished}/vanilla/policy", "--out", f"{out}"]
+    crash("write_rows", answered + 2, command)  # the first row is the configuration
+    assert (out / "collected.jsonl").exists() == (answered > 0)
+    assert answered == 0 or "--collect_k" in error([*command, "--collect_k", "30"])
+    assert main(command) == 0
+    assert (out / "pool.jsonl").read_bytes() == (finished / "pool.jsonl").read_bytes()
+    before = snapshot(out)
+    assert main(command) == 0 and snapshot(out) == before  # it is finished
+    (out / "summary.json").unlink()
+    (out / "collected.jsonl").write_bytes(b"\0\xff\n" + (out / "collected.jsonl").read_bytes())
+    assert "collected.jsonl:1" in error(command)
+
+
+@pytest.mark.parametrize("command", ["train", "collect"])
+def test_a_data_file_that_changed_under_a_run(command, finished, files, tiny, tmp_path, error):
+    """Other problems are refused, even if the flags are the same; another place is not."""
+    shutil.copy(files / "train.jsonl", tmp_path / "data.jsonl")
+    flags = ["--data", tmp_path / "data.jsonl", "--eval_data", files / "held_out.jsonl", "--model",
+             tiny if command == "train" else finished / "vanilla/policy", "--out", tmp_path / "out"]
+    flags = [command, *(TRAIN if command == "train" else RUN), *map(str, flags)]
+    name, number = ("train_step", 2) if command == "train" else ("write_rows", 4)
+    crash(name, number, flags)
+    rows = read_rows(tmp_path / "data.jsonl")
+    before = snapshot(tmp_path / "out")
+    for changed in (rows[1:], [{**rows[0], "answer": "8"}, *rows[1:]]):
+        write_rows(tmp_path / "data.jsonl", changed)
+        assert "other problems" in error(flags)
+    assert snapshot(tmp_path / "out") == before
+    moved = write_rows(tmp_path / "moved.jsonl", rows)
+    assert main([moved if word.endswith("/data.jsonl") else word for word in flags]) == 0
+    if command == "collect":
+        assert (tmp_path / "out/pool.jsonl").read_bytes() == (finished / "pool.jsonl").read_bytes()
+
+
+def test_flags_that_may_change(interrupted, finished, words, data, tmp_path, monkeypatch, error):
+    """Those that bound memory; in `run`, those of phases not yet begun."""
+    shutil.copytree(interrupted, tmp_path / "a")
+    assert main(words(tmp_path / "a", "--steps", 6, "--sample_rows", 8, "--micro_tokens", 64)) == 0
+    monkeypatch.chdir(tmp_path)  # run in a place where its files do not say where they were
+    command = ["run", *RUN, *data, "--out", "run"]
+    assert main(command) == 0
+    for name in ("collection", "rlep"):
+        shutil.rmtree(tmp_path / "run" / name)
+    with monkeypatch.context() as patch:
+        patch.setattr(rlep, "verify", lambda response, gold: False)
+        assert "--collect_k" in error(command)
+    command += "--collect_k 33 --collect_temperature 1.9 --replays 1".split()
+    assert main(command) == 0
+    before, after = (snapshot(x / "vanilla/policy") for x in (finished, tmp_path / "run"))
+    assert list(before.values()) == list(after.values())
+    assert "--replays" in error([*command, "--replays", "3"])  # that phase is finished
+
+
+@pytest.mark.parametrize("name, value", [("learning_rate", 0.5), ("group_size", 5),
+                                         ("clip_high", 0.1), ("pool", "POOL"), ("model", "OTHER")])
+def test_another_setting_is_refused(name, value, interrupted, finished, words, tmp_path, error):
+    """The line names what differs; nothing is changed."""
+    shutil.copytree(interrupted, tmp_path / "run")
+    value = {"POOL": finished / "pool.jsonl", "OTHER": finished / "base/policy"}.get(value, value)
+    before = snapshot(tmp_path / "run")
+    assert f"--{name}" in error(words(tmp_path / "run", "--steps", 6, f"--{name}", value))
+    assert snapshot(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("checkpoint.pt", cut), ("checkpoint.pt", lambda path: path.write_bytes(b"")),
+    ("checkpoint.pt", lambda path: torch.save({"step": 3}, path)),
+    ("checkpoint.pt", lambda path: torch.save([], path)),
+    ("checkpoint.pt", lambda path: torch.save(torch.load(path) | {"rows": 3}, path)),
+    ("config.json", cut), ("config.json", lambda path: path.write_text("[" * 50_000))])
+def test_damaged_files(name, damage, interrupted, words, tmp_path, error):
+    """One line that names the file, with the folder's checkpoint left as it was."""
+    shutil.copytree(interrupted, tmp_path / "run")
+    damage(tmp_path / "run" / name)
+    before = (tmp_path / "run/checkpoint.pt").read_bytes()
+    assert name in error(words(tmp_path / "run", "--steps", 6))
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
+
+
+def test_second_run_and_ctrl_c(words, start, tmp_path, error):
+    """A folder in use is refused; Ctrl-C ends with one line that says how to go on, status 130."""
+    command = words(tmp_path / "run", "--steps", 400)
+    process = start(command, tmp_path / "log")
+    while process.is_alive() and not (tmp_path / "run/checkpoint.pt").exists():
+        time.sleep(0.01)
+    assert "another run" in error(command)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    log = (tmp_path / "log").read_text()
+    assert process.exitcode == 130 and "same command goes on" in log.splitlines()[-1]
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("what, limit", [("checkpoint", 1_000_000), ("policy", 100_000)])
+def test_full_disk(what, limit, interrupted, trained, words, start, tmp_path):
+    """Status 2, one line, the last checkpoint as it was; with room again, the run goes on."""
+    skip = ["policy", "summary.json"] if what == "policy" else []
+    shutil.copytree(trained if what == "policy" else interrupted, tmp_path / "run",
+                    ignore=lambda *_: skip)
+    command = words(tmp_path / "run", "--steps", 6)
+    before = (tmp_path / "run/checkpoint.pt").read_bytes()
+    process = start(command, tmp_path / "log", limit)
+    process.join(60)
+    log = (tmp_path / "log").read_text()
+    assert process.exitcode == 2 and "Traceback" not in log, log
+    assert "rlep.py: error:" in log.splitlines()[-1]
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
+    assert main(command) == 0 and result_of(tmp_path / "run") == result_of(trained)
+
+
+@pytest.mark.parametrize("content", [
+    {"config.json": '{"compilerOptions": {"strict": true}}', "src.js": "alert(1)"},
+    {"config.json": "{}"}, {"config.json": "\udcff"}, {"note": "mine"}, "model", "inside", "file"])
+def test_folders_of_others_are_not_touched(content, tiny, words, tmp_path, error):
+    """A JavaScript project, a model, a file: refused in a line, not a byte changed."""
+    out, more = tmp_path / "mine", []
+    if content == "file":
+        out.write_text("mine")
+    elif isinstance(content, str):
+        shutil.copytree(tiny, out / "tiny" if content == "inside" else out)
+        more = ["--model", out / "tiny" if content == "inside" else out]
+    else:
+        out.mkdir()
+        for name, text in content.items():
+            (out / name).write_bytes(text.encode(errors="surrogateescape"))
+    before = snapshot(tmp_path)
+    assert str(out) in error(words(out, *more)) and snapshot(tmp_path) == before
+
+
+# ---- The command line: bad input -----------------------------------------------------------------
+def test_help(capsys):
+    """Each flag with its reason and default."""
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0 and all(re.search(rf"--{flag.name}[ ,].{{12,}}?\[", text)
+                                       for flag in fields(Config))
+
+
+@pytest.mark.parametrize("found, flags, device, bf16, micro_tokens", [
+    ("cpu", [], "cpu", 0, 2048), ("cuda", [], "cuda", 1, 4096), ("mps", [], "mps", 0, 4096),
+    ("cuda", ["--device", "cpu"], "cpu", 0, 2048), ("cpu", ["--device", "cuda:1"], "cuda:1", 1, 4096),
+    ("cuda", ["--bf16", "0", "--micro_tokens", "7"], "cuda", 0, 7)])
+def test_settings_follow_the_device(found, flags, device, bf16, micro_tokens, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator",
+                        lambda **_: None if found == "cpu" else torch.device(found))
+    config = rlep.parse(["train", *flags])[2]
+    assert (config.device, config.bf16, config.micro_tokens) == (device, bf16, micro_tokens)
+
+
+@pytest.fixture(scope="session")
+def bad(files, tmp_path_factory):
+    """Files and models that are wrong in one way each."""
+    folder, good = tmp_path_factory.mktemp("bad"), '{"question": "1+1?", "answer": "2"}\n'
+    asks = '{"question": "a?", '
+    texts = {
+        "empty": "", "blank": "\n\n", "one": good, "torn": f'{good}\n{{"q', "list": "[1, 2]\n",
+        "deep": "[" * 50_000 + "\n", "array": f"[\n{good}]", "huge": asks + f'"answer": {"9" * 5000}}}',
+        "surrogate": '{"question": "\\ud800", "answer": "2"}\n', "no_question": '{"answer": "2"}\n',
+        "chat": '{"prompt": [{"role": "user"}], "answer": 1}\n',
+        "no_text": '{"prompt": [{"role": "user", "content": 5}], "answer": 1}\n',
+        "assistant": json.dumps({"prompt": [*chat("a"), {"role": "assistant", "content": "b"}],
+                                 "answer": 1}) + "\n",
+        "no_answer": asks + '"answer": " "}\n', "nan": asks + '"answer": NaN}\n',
+        "true": asks + '"answer": true}\n', "null": asks + '"answer": null, "solution": ""}\n',
+        "reward_text": asks + '"reward_model": "7"}\n',
+        "no_texts": asks + '"reward_model": {"ground_truth": "2"}}\n',
+        "numbers": asks + '"answer": 2, "reward_model": {"candidates": [2]}}\n',
+        "others": '{"question": "a", "answer": 2, "reward_model": {"candidates": ["A: 2"]}}\n'}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    (folder / "latin").write_bytes(b'{"question": "\xe9", "answer": 1}\n')
+    (folder / "folder").mkdir()
+    for name in ("cut", "raises", "silent", "short", "endless", "layers", "no_tokenizer"):
+        shutil.copytree(files / "tiny", folder / name)
+    cut(folder / "cut/model.safetensors")
+    (folder / "raises/chat_template.jinja").write_text("{{ raise_exception('no system') }}")
+    (folder / "silent/chat_template.jinja").write_text("{% if false %}x{% endif %}")
+    (folder / "no_tokenizer/tokenizer.json").unlink()
+    for name, file, key, value in (("short", "config", "max_position_embeddings", 20),
+                                   ("layers", "config", "num_hidden_layers", 5),
+                                   ("endless", "tokenizer_config", "eos_token", None)):
+        path = folder / name / f"{file}.json"
+        path.write_text(json.dumps(object_of(path) | {key: value}))
+    return folder
+
+BAD_NUMBERS = [
+    ("--steps", "0"), ("--group_size", "0"), ("--collect_k", "0"), ("--k", "0"), ("--top_p", "0"),
+    ("--temperature", "0"), ("--temperature", "inf"), ("--collect_temperature", "0"),
+    ("--learning_rate", "nan"), ("--learning_rate", "-1"), ("--replays", "-1"), ("--steps", "many"),
+    ("--bf16", "-2"), ("--dual_clip", "-1"), ("--dual_clip", "0.5"), ("--dual_clip", "1"),
+    ("--overlong_buffer", "25"), ("--device", "tpu"), ("--device", "cuda")]
+BAD_WORDS = [  # the command, and what the line must name
+    (["dance"], "dance"), (["train", "now"], "plot"), (["plot"], "folders"),
+    (["plot", "BAD/folder"], "folder"), (["train", "--no_such_flag", "3"], "--no_such_flag"),
+    (["eval"], "--model"), (["collect"], "--model"), (["run", "--pool", "BAD/absent"], "--pool"),
+    (["train", "--pool", "BAD/one", "--replays", "0"], "--replays"),
+    (["eval", "--model", "TINY", "--eval_data", "BAD/absent"], "absent"),
+    (["train", "--model", "TINY", "--data", "BAD/one"], "BAD/one"),
+    (["train", "--model", "TINY", "--eval_data", "BAD/empty"], "BAD/empty"),
+    (["train", "--model", "TINY", "--data", "TRAIN", "--eval_data", "TRAIN"], "TRAIN"),
+    (["train", "--model", "TINY", "DATA", "--train_size", "17"], "--train_size")]
+BAD_MODELS = [  # the folder, and what the line must name beside --model
+    ("absent", "absent"), ("folder", "folder"), ("cut", "cut"), ("raises", "no system"),
+    ("silent", "nothing"), ("endless", "ends an answer"), ("no_tokenizer", "tokenizer"),
+    ("short", "positions"), ("layers", "missing")]
+BAD_DATA = [  # the file, and what the line must name
+    ("folder", "folder"), ("absent", "absent"), ("empty", "empty"), ("blank", "blank"),
+    ("torn", "torn:3"), ("list", "list:1"), ("array", "array:1"), ("latin", "latin:1"),
+    ("deep", "deep:1"), ("huge", "huge:1"), ("surrogate", "surrogate:1"), ("chat", "chat:1"),
+    ("no_question", "no_question:1"), ("no_text", "no_text:1"), ("assistant", "user's"),
+    ("no_answer", "no_answer:1"), ("nan", "nan:1"), ("true", "true:1"), ("null", "null:1"),
+    ("reward_text", "reward_text:1")]
+BAD_POOLS = [("absent", "absent"), ("empty", "empty"), ("no_texts", "no_texts:1"), ("deep", "deep:1"),
+             ("reward_text", "reward_text:1"), ("others", "others"), ("numbers", "numbers:1")]
+BAD = [([flag, value], flag) for flag, value in BAD_NUMBERS] + BAD_WORDS
+BAD += [(["train", "--model", f"BAD/{name}"], named) for name, named in BAD_MODELS]
+BAD += [(["train", "--model", "TINY", "--data", f"BAD/{name}"], named) for name, named in BAD_DATA]
+BAD += [(["train", "--model", "TINY", "DATA", "--pool", f"BAD/{name}"], named)
+        for name, named in BAD_POOLS]
+
+
+@pytest.mark.parametrize("words, named", BAD)
+def test_bad_input(words, named, bad, tiny, data, tmp_path, error, monkeypatch):
+    """Status 2 and one line that names the thing; no result is left behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = []
+    for word in words:
+        word = word.replace("BAD", str(bad)).replace("TINY", str(tiny)).replace("TRAIN", data[1])
+        line += data if word == "DATA" else [word]
+    before = snapshot(bad)
+    small = ["--max_new_tokens", 24, "--prompts_per_step", 2]
+    named = named.replace("BAD", str(bad)).replace("TRAIN", data[1])
+    assert named in error([*line, *small])
+    assert snapshot(bad) == before
+    left = {path for path in snapshot(".") if "/base/initial/" not in path}
+    assert {Path(path).name for path in left} <= {"config.json", "lock"}
+
+
+@pytest.mark.parametrize("place", ["response_logprobs", "policy_loss"])
+def test_out_of_gpu_memory(place, words, tmp_path, error, monkeypatch):
+    """In loading, in the update: a line that names the flags to lower."""
+    def full(*given, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(rlep, place, full)
+    assert "--sample_rows and --micro_tokens" in error(words(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("variables", [{"PYTHONIOENCODING": "ascii"},
+                                       {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_a_terminal_without_unicode(variables, tiny, tmp_path):
+    """Questions and answers in Unicode are trained on, and what cannot be shown is replaced."""
+    rows = [{"question": f"Zwölf − {i} ≥ ½?", "answer": "七"} for i in range(4)]
+    flags = ["eval", "--model", str(tiny), "--data", write_rows(tmp_path / "data", rows),
+             "--eval_size", "2", "--k", "1", "--max_new_tokens", "4", "--threads", "1"]
+    ended = subprocess.run([sys.executable, "rlep.py", *flags], cwd=HERE, capture_output=True,
+                           env=os.environ | variables)
+    assert ended.returncode == 0, ended.stderr
+    assert b"Zw?lf" in ended.stdout and b"Traceback" not in ended.stderr
+
+
+# ---- Copying out, the README, the scripts --------------------------------------------------------
+@pytest.mark.parametrize("name", ["group_advantages", "policy_loss", "rollout", "response_logprobs",
+                                  "verify", "extract_answer", "micro_batches"])
+def test_copying_a_function_out(name, policy):
+    """The source of a function, of what its docstring names and of the constants beside it, in an
+    empty namespace with nothing but the imports, does the work."""
+    source = (HERE / "rlep.py").read_text()
+    imports, pieces = [], {}
+    for node in ast.parse(source).body:
+        text = ast.get_source_segment(source, node)
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            imports.append(text)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            decorators = [f"@{ast.unparse(each)}\n" for each in node.decorator_list]
+            pieces[node.name] = node, "".join(decorators) + text
+        elif isinstance(node, ast.Assign):
+            pieces[node.targets[0].id] = node, text
+
+    def with_named(name, found):
+        """A function and all that its docstring names, each before what names it."""
+        if name not in found:
+            found[name] = None
+            documented = isinstance(pieces[name][0], (ast.FunctionDef, ast.ClassDef))
+            words = (ast.get_docstring(pieces[name][0]) or "") if documented else pieces[name][1]
+            for word in re.findall(r"\w+", words):
+                if word in pieces:
+                    with_named(word, found)
+            found[name] = pieces[name][1]
+        return found
+
+    parts = with_named(name, {})
+    order = sorted(parts, key=lambda part: pieces[part][0].lineno)
+    space = {}
+    exec("\n".join(imports + [parts[part] for part in order]), space)
+    copied = space[name]
+    if name == "group_advantages":
+        assert copied(torch.tensor([1.0, -1.0]), torch.zeros(2)).tolist() == pytest.approx(
+            [2**-0.5, -2**-0.5], abs=1e-5)
+    elif name == "policy_loss":
+        zeros = torch.zeros(2, 3)
+        loss, _ = copied(zeros, zeros, torch.tensor([1.0, 3.0]), torch.ones(2, 3))
+        assert loss.item() == -2
+    elif name == "rollout":
+        given = dict(max_new_tokens=5, eos_token_id=1, pad_token_id=0, seeds=[1])
+        assert copied(policy.model, [[5, 6]], 3, **given) == rlep.rollout(
+            policy.model, [[5, 6]], 3, **given)
+    elif name == "response_logprobs":
+        logprobs, mask = copied(policy.model, [[5, 6]] * 2, [[7, 8], [9]])
+        assert logprobs[0, 1].item() == pytest.approx(
+            slow_logprobs(policy.model, [5, 6], [7, 8])[1].item(), abs=1e-5)
+    elif name == "micro_batches":
+        assert len(copied([Answer([1], [2])] * 3, 3)) == 2
+    else:
+        found = copied("So \\boxed{\\frac{1}{2}}", *["0.5"] * (name == "verify"))
+        assert found == (True if name == "verify" else "\\frac{1}{2}")
+
+
 def test_readme_blocks(tmp_path, monkeypatch):
     """The README's Python runs as it stands, where it needs no download."""
-    readme = Path(__file__).with_name("README.md").read_text()
-    config = Config(device="cpu", bf16=0, micro_tokens=512, warmup_steps=1)
+    readme = (HERE / "README.md").read_text()
+    config = Config(device="cpu", bf16=0, micro_tokens=2048, warmup_steps=1)
     monkeypatch.chdir(tmp_path)
     rlep.make_base(config, Path("runs/run-seed0/base"))
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
@@ -1268,33 +1517,62 @@ def test_readme_blocks(tmp_path, monkeypatch):
         exec(block, {})
 
 
-def bench(argv):
-    """Prints time and memory of whole steps on prompts with random rewards, one update a step."""
-    parser = argparse.ArgumentParser("bash run.sh bench", description=bench.__doc__)
-    for name, default in (("model", ""), ("prompts", ""), ("group_size", 16), ("steps", 3),
-                          ("max_new_tokens", 64), ("threads", 1), ("bf16", 0)):
-        parser.add_argument(f"--{name}", type=type(default), default=default)
-    given = parser.parse_args(argv)
-    torch.set_num_threads(given.threads)
-    prompts = [row["prompt"] for row in read_rows(given.prompts)]
-    config = settings(given.model, bf16=given.bf16, group_size=given.group_size,
-                      max_new_tokens=given.max_new_tokens, minibatch_prompts=len(prompts),
-                      learning_rate=0.0, micro_tokens=512)  # at rate 0 the steps are alike
-    problems, coin = [Problem(prompt, "0") for prompt in prompts], random.Random(0)
-    policy = Policy(config, problems)
-    policy.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
-    rlep.score = lambda *_: (False, coin.choice((-1.0, 1.0)))
-    optimizer = torch.optim.AdamW(policy.model.parameters())
-    rows = []
-    for step in range(1, given.steps + 2):  # the first warms up
-        rows.append(rlep.train_step(policy, optimizer, problems, None, config, step))
-    tokens, sample, update = (np.array([row[name] for row in rows[1:]])
-                              for name in ("sampled_tokens", "sample_s", "update_s"))
-    print(json.dumps({"sample_tok_s": np.median(tokens / sample), "mean_length": rows[-1]["length"],
-                      "update_tok_s": np.median(tokens / update),
-                      "step_tok_s": np.median(tokens / (sample + update)),
-                      "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+def script(name):
+    """A module of the scripts that make the README's evidence."""
+    spec = importlib.util.spec_from_file_location(name, HERE / f".github/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-if __name__ == "__main__":
-    bench(__import__("sys").argv[2:])
+def test_evidence_table():
+    """Means with Student's t, differences paired by seed, the share of steps to vanilla RL's best."""
+    evidence = script("evidence")
+    assert evidence.interval([1.0, 2.0, 6.0]) == pytest.approx((3.0, 4.30 * 7**0.5 / 3**0.5))
+    vanilla = [[0, 0.0], [2, 0.1], [4, 0.3]]
+    assert evidence.steps_to_best([[0, 0.0], [2, 0.3], [4, 0.2]], vanilla) == 0.5
+    assert evidence.steps_to_best([[0, 0.0], [2, 0.2], [4, 0.2]], vanilla) is None
+
+    def summary(seed, *curve):
+        return {"seed": seed, "curve": [[2 * i, share] for i, share in enumerate(curve)],
+                "mean_at_k": curve[-1], "pass_at_k": 0.5, "entropy": 0.25}
+
+    arms = {evidence.VANILLA: {3: summary(3, 0.0, 0.1, 0.2), 4: summary(4, 0.0, 0.2, 0.4)},
+            evidence.RLEP: {4: summary(4, 0.0, 0.1, 0.3), 3: summary(3, 0.0, 0.2, 0.5)}}
+    lines = evidence.table(arms).splitlines()
+    assert lines[2].startswith("| vanilla RL | 2 | 30.0 ± 127.")
+    assert "| 10.0 ± 254.2 (-10.0 to +30.0) | 0.50 (0.50 to 0.50); 1 of 2 never |" in lines[3]
+    assert lines[3].endswith("| 50.0 ± 0.0 | 0.25 ± 0.00 |")
+    assert "| 4 | 30.0 | 40.0 | 10.0 ± 254.2 | 1 of 2 |" in evidence.differences(arms)
+
+
+def test_evidence_of_a_run(finished, data, tmp_path, capsys, monkeypatch):
+    """The supervised control learns the pool; the report of runs draws both pictures."""
+    evidence = script("evidence")
+    flags = ["train", *RUN, *data, "--model", f"{finished}/base/policy", "--pool",
+             f"{finished}/pool.jsonl"]
+    config = rlep.parse(flags)[2]
+    evidence.supervise(config, tmp_path / "policy")
+    held_out = rlep.load_problems(config)[1]
+    before, after = (rlep.evaluate(load(folder, max_new_tokens=24), held_out, config, "title")
+                     for folder in (finished / "base/policy", tmp_path / "policy"))
+    assert after["mean_at_k"] > before["mean_at_k"] + 0.2
+    for place in ("main", "twice"):
+        shutil.copytree(finished if place == "main" else finished / "vanilla", tmp_path / f"seed0/{place}",
+                        ignore=shutil.ignore_patterns("policy", "*.pt", "initial"))
+    evidence.main(["report", str(tmp_path)])
+    assert "vanilla RL, 48 steps" in (tmp_path / "table.md").read_text()
+    evidence.main(["pairs", str(tmp_path / "seed0/main")])
+    for picture in (tmp_path / "curves.png", tmp_path / "evidence.png", tmp_path / "seed0/curves.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench(tiny, tmp_path, capsys, monkeypatch):
+    """The benchmark prints what the README's table has."""
+    prompts = write_rows(tmp_path / "prompts", [{"prompt": "1*2+3"}, {"prompt": "3*4"}])
+    monkeypatch.setattr(rlep, "score", rlep.score)  # the script changes it
+    script("bench").main(["--model", str(tiny), "--prompts", prompts, "--max_new_tokens", "8",
+                          "--group_size", "4", "--steps", "1"])
+    row = json.loads(capsys.readouterr().out)
+    assert 1 < row["mean_length"] <= 8 and row["step_tok_s"] < row["sample_tok_s"]
+    assert row["peak_mib"] > 100 and row["update_tok_s"] > 0
