@@ -17,13 +17,13 @@ Not as in the authors' code (a fork of verl; they never published their collecti
     3. the token mean is over the whole mini-batch (Eq. 3: one group); theirs over a micro-batch
     4. mini-batches are counted in questions, so 8 updates a rollout; theirs in answers of G, so 9
     5. lengths and masks are explicit; theirs follow from the padding token
-As there, but not in the paper: dual clip, unbiased std, and log-probs of the policy at the start of
-the step as the old log-probs of replays (see policy_loss).
+As there, but not in the paper: dual clip, unbiased std, and pi_old of replays (see policy_loss).
 """
 import argparse
 import copy
 import fcntl
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -53,6 +53,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 # ---- Configuration -------------------------------------------------------------------------------
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+DEVICE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Config:
     pool: str = ""  # experience pool to replay, a .jsonl file: with one, train is RLEP
     out: str = ""  # folder of the run; without one, runs/COMMAND-MODEL-DATA-POOL-seedN
     seed: int = 0  # decides the tiny model's weights, order of questions, sampling and replay
-    device: str = ""  # cpu, cuda, cuda:1, mps ...; without one, what torch finds
+    device: str = DEVICE  # cpu, cuda, cuda:1, mps ...; what torch finds is the default
     bf16: int = -1  # 1: bf16 arithmetic on fp32 weights, 0: all in fp32, -1: 1 on CUDA, else 0
     threads: int = 0  # CPU threads, 0: torch decides; a run repeats exactly on equal threads
     # Rollouts (section 3.1)
@@ -93,9 +94,14 @@ class Config:
     collect_temperature: float = 0.7  # of collection (authors: 0.7)
     collect_top_p: float = 0.95  # nucleus of collection (authors: 0.95)
     # Evaluation, and the embedded base model
-    eval_every: int = 2  # steps from evaluation to evaluation
+    eval_every: int = 3  # steps from evaluation to evaluation
     k: int = 4  # answers a held-out question (paper: 32)
-    warmup_steps: int = 400  # supervised steps that make the tiny base model
+    warmup_steps: int = 900  # supervised steps that make the tiny base model
+
+    def __post_init__(self):
+        if self.bf16 == -1:
+            self.bf16 = int(self.device.startswith("cuda"))
+        self.micro_tokens = self.micro_tokens or (2048 if self.device == "cpu" else 4096)
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,12 @@ class UserError(Exception):
     """Bad input: reported as one line that names the thing and the remedy, with exit status 2."""
 
 
+def require(condition, message):
+    """Raises a UserError unless a condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 @contextmanager
 def blame(message):
     """Turns whatever goes wrong inside into a UserError: the message, and the error in brackets."""
@@ -136,10 +148,7 @@ def blame(message):
 # ---- The equations -------------------------------------------------------------------------------
 def overlong_penalty(length: int, limit: int, buffer: int, factor: float = 1.0) -> float:
     """0 up to limit - buffer tokens, then linearly down to -factor at the limit (authors' code)."""
-    if buffer == 0:
-        return 0.0
-    excess = length - (limit - buffer)
-    return min(0.0, -excess / buffer * factor)
+    return min(0.0, (limit - buffer - length) / buffer * factor) if buffer else 0.0
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, eps: float = 1e-6) -> Tensor:
@@ -158,11 +167,9 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, eps: float = 1e-6) -> T
     return advantages
 
 
-def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
-    clip_low: float = 0.2, clip_high: float = 0.28, dual_clip: float | None = 10.0,
-    num_tokens: int | None = None,
-):
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
+                clip_low: float = 0.2, clip_high: float = 0.28, dual_clip: float | None = 10.0,
+                num_tokens: int | None = None):
     """Eq. 3 and 4 as a loss: minus the token mean of min(ratio A, clip(ratio, 1-low, 1+high) A).
     logprobs, old_logprobs, mask (n, t), the mask 0/1 of any dtype; advantages (n,), one an answer.
     dual_clip (authors' code; 0 or None: off) keeps the objective above dual_clip A where A < 0.
@@ -185,10 +192,8 @@ def policy_loss(
         floor = torch.where(advantages < 0, dual_clip * advantages, -math.inf)
         objective = torch.maximum(objective, floor)
     decided = mask & (clipped < unclipped)  # here the clip has the say, and the gradient is 0
-    stats = {
-        "clip_low": (decided & (advantages < 0)).sum().item() / num_tokens,
-        "clip_high": (decided & (advantages > 0)).sum().item() / num_tokens,
-    }
+    stats = {"clip_low": (decided & (advantages < 0)).sum().item() / num_tokens,
+             "clip_high": (decided & (advantages > 0)).sum().item() / num_tokens}
     return -(objective * mask).sum() / num_tokens, stats
 
 
@@ -200,8 +205,8 @@ def score(problem, text):
 
 
 class ExperiencePool:
-    """A list of verified answers for each question; the same text twice counts twice. On disk a
-    JSON line a question, in the row format of the authors' training set."""
+    """A list of verified answers for each question; the same text twice counts twice. On disk, a
+    JSON line a question in the row format of the authors' training set."""
 
     def __init__(self):
         self.answers = {}  # {Problem: list of texts}
@@ -239,9 +244,8 @@ class ExperiencePool:
             problem = row_to_problem(row, where)
             pool.answers.setdefault(problem, [])
             with blame(f"{where}: reward_model.candidates must be a list of texts"):
-                texts = texts_only(row["reward_model"]["candidates"])
-            for text in texts:
-                pool.add(problem.question, problem.gold, text, problem.chat)
+                for text in row["reward_model"]["candidates"]:
+                    pool.add(problem.question, problem.gold, str(text), problem.chat)
         return pool
 
 
@@ -250,12 +254,11 @@ def read_prompts(model, prompts: list[list[int]], owner: Tensor, cache: Cache):
     """Runs all tokens of P prompts but the last through the model, padded on the left, and so fills
     the cache; then copies it, row i from prompt owner[i]. Returns seen (rows, width), which columns
     of the cache hold a token, and positions (rows,) of the last tokens, which are to be read next."""
-    # An unseen 0 in front of each, since a prompt of one token leaves nothing to read.
+    # An unseen 0 in front of each: a prompt of one token leaves nothing to read.
     prefixes = [torch.tensor([0, *prompt[:-1]]) for prompt in prompts]
     ids = pad_sequence(prefixes, batch_first=True, padding_side="left").to(model.device)
     lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)
-    columns = torch.arange(ids.shape[1], device=model.device)
-    positions = columns - (len(columns) - lengths[:, None])
+    positions = torch.arange(-ids.shape[1], 0, device=model.device) + lengths[:, None]
     seen = positions >= 0
     model.base_model(ids, attention_mask=seen, position_ids=positions.clamp(min=0),
                      past_key_values=cache, use_cache=True)
@@ -264,8 +267,8 @@ def read_prompts(model, prompts: list[list[int]], owner: Tensor, cache: Cache):
 
 
 class RoomyLayer(DynamicLayer):
-    """A cache layer with room for 64 more tokens, in which they are written. The stock layer copies
-    all that it holds at every token: sampling is a fifth slower with it (but it has gradients)."""
+    """A cache layer with room to write in. The stock one copies all it holds at every token, which
+    makes sampling a quarter slower; the update uses it, since it keeps gradients."""
     is_compileable = True  # spares a look at the mask, for which the CPU waits for a GPU each time
     length = 0  # tokens in use; keys and values are (rows, heads, length + room, d)
 
@@ -276,8 +279,7 @@ class RoomyLayer(DynamicLayer):
         start, end = self.length, self.length + keys.shape[2]
         if start == 0 or end > self.keys.shape[2]:
             super().update(pad(keys, (0, 0, 0, 64)), pad(values, (0, 0, 0, 64)))
-        self.keys[:, :, start:end] = keys
-        self.values[:, :, start:end] = values
+        self.keys[:, :, start:end], self.values[:, :, start:end] = keys, values
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
@@ -386,30 +388,24 @@ def token_logprobs(hidden: Tensor, head, targets: Tensor, temperature: float) ->
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
 
     size = max(64, 2**24 // head.weight.shape[0])  # 2**24 fp32 logits are 64 MiB
-    chunks = []
-    for part in zip(hidden.split(size), targets.split(size)):
-        chunks.append(recomputed(logprobs, *part, use_reentrant=False, preserve_rng_state=False))
-    return torch.cat(chunks)
+    chunks = zip(hidden.split(size), targets.split(size))
+    return torch.cat([recomputed(logprobs, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 def micro_batches(answers, micro_tokens):
-    """Lists of answers of at most micro_tokens tokens each, or of one longer answer. Those to one
-    prompt stay neighbours, to read it once, and texts of like length, to need little padding; the
-    order does not matter otherwise, since the losses of all add up. Calls padded_tokens."""
-    batches = []
-    for answer in sorted(answers, key=lambda a: (len(a.prompt), a.prompt, len(a.response))):
-        if batches and padded_tokens([*batches[-1], answer]) <= micro_tokens:
-            batches[-1].append(answer)
-        else:
-            batches.append([answer])
+    """Lists of at most micro_tokens tokens each, padding included, or of one longer answer; without
+    answers of advantage 0, which have no gradient. Answers to one prompt stay neighbours, to read
+    it once, and those of like length, to need little padding: the losses of all add up anyway."""
+    teaching = [answer for answer in answers if answer.advantage != 0]
+    batches, longest = [], 0
+    for answer in sorted(teaching, key=lambda a: (len(a.prompt), a.prompt, len(a.response))):
+        length = len(answer.prompt) + len(answer.response)
+        longest = max(longest, length)
+        if not batches or (len(batches[-1]) + 1) * longest > micro_tokens:
+            batches.append([])
+            longest = length
+        batches[-1].append(answer)
     return batches
-
-
-def padded_tokens(answers):
-    """What response_logprobs runs through the model: each distinct prompt and each response."""
-    prompts = {tuple(answer.prompt) for answer in answers}
-    longest = max(len(answer.response) for answer in answers)
-    return len(prompts) * max(map(len, prompts)) + len(answers) * longest
 
 
 # ---- The policy ----------------------------------------------------------------------------------
@@ -420,15 +416,13 @@ class Policy:
 
     def __init__(self, config, problems):
         self.name = f"--model {config.model}"
-        with blame(f"--device {config.device}: cannot be used here"):
-            torch.zeros(1, device=config.device)
-        with blame(f"{self.name}: cannot be loaded with its tokenizer"):
+        with blame(f"{self.name} with its tokenizer, --device {config.device}: not to be loaded"):
             self.tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
             self.model, loading = AutoModelForCausalLM.from_pretrained(
-                config.model, trust_remote_code=False, output_loading_info=True,
-                dtype=torch.float32, attn_implementation="sdpa")
-        check_weights(self.model, loading, self.name)
-        self.model.to(config.device).eval()  # with dropout, pi_theta / pi_old would never be 1
+                config.model, trust_remote_code=False, dtype=torch.float32,
+                attn_implementation="sdpa", output_loading_info=True)
+            check_weights(self.model, **loading)
+            self.model.to(config.device).eval()  # with dropout, no ratio would ever be 1
         with blame(f"{self.name}: mend its tokenizer or chat template"):
             self.end = self.find_end()
             longest = max(len(self.encode_prompt(problem)) for problem in problems)
@@ -436,23 +430,22 @@ class Policy:
         stops = self.model.generation_config.eos_token_id or []
         self.ends = [self.end, *([stops] if isinstance(stops, int) else stops)]
         self.sampler = copy.deepcopy(self.model) if config.bf16 else self.model
-        device_type = torch.device(config.device).type
-        self.autocast = torch.autocast(device_type, torch.bfloat16, enabled=config.bf16 == 1)
+        kind = torch.device(config.device).type
+        self.autocast = torch.autocast(kind, torch.bfloat16, enabled=config.bf16 == 1)
 
     def find_end(self):
         """The token that ends an answer: with a chat template, the one that ends the assistant's
         turn, which need not be eos. Qwen's base models have <|endoftext|> as eos, and render a turn
-        as "<|im_start|>assistant\nANSWER<|im_end|>\n": there <|im_end|> is the end."""
+        as "<|im_start|>assistant\\nANSWER<|im_end|>\\n": there <|im_end|> is the end."""
         if self.tokenizer.chat_template:
             chat = messages(Problem("1", "")) + [{"role": "assistant", "content": "ANSWER"}]
             turn = self.tokenizer.apply_chat_template(chat, tokenize=False)
-            behind = turn.rpartition("ANSWER")[2]
-            for token in self.tokenizer(behind, add_special_tokens=False).input_ids:
+            behind = self.tokenizer(turn.rpartition("ANSWER")[2], add_special_tokens=False)
+            for token in behind.input_ids:
                 added = self.tokenizer.added_tokens_decoder.get(token)
                 if added and added.special and token != self.tokenizer.unk_token_id:
                     return token
-        if self.tokenizer.eos_token_id is None:
-            raise ValueError("no token ends an answer")
+        require(self.tokenizer.eos_token_id is not None, "no token ends an answer")
         return self.tokenizer.eos_token_id
 
     def encode_prompt(self, problem):
@@ -462,12 +455,11 @@ class Policy:
                 messages(problem), tokenize=False, add_generation_prompt=True)
             prompt = self.tokenizer(text, add_special_tokens=False).input_ids
         else:
-            before = "".join(f"{text}\n\n" for _, text in problem.chat)
-            prompt = self.tokenizer(f"{before}Question: {problem.question}\nAnswer:").input_ids
+            texts = [text for _, text in problem.chat] + [f"Question: {problem.question}\nAnswer:"]
+            prompt = self.tokenizer("\n\n".join(texts)).input_ids
             if prompt[-1:] == [self.tokenizer.eos_token_id]:  # some tokenizers end every text
                 prompt.pop()
-        if not prompt:
-            raise ValueError("a question is rendered as nothing")
+        require(prompt, "a question is rendered as nothing")
         return prompt
 
     def encode_answer(self, text):
@@ -487,19 +479,19 @@ class Policy:
         size = max(1, config.sample_rows // k)
         for start in range(0, len(problems), size):
             batch = problems[start:start + size]
-            prompts = [self.encode_prompt(problem) for problem in batch]
-            seeds = [seed_of(config.seed, *purpose, problem) for problem in batch]
-            yield from zip(batch, rollout(
-                self.sampler, prompts, k, max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature, top_p=config.top_p,
-                eos_token_id=self.ends, pad_token_id=self.end, seeds=seeds))
+            groups = rollout(
+                self.sampler, [self.encode_prompt(problem) for problem in batch], k,
+                max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                top_p=config.top_p, eos_token_id=self.ends, pad_token_id=self.end,
+                seeds=[seed_of(config.seed, *purpose, problem) for problem in batch])
+            yield from zip(batch, groups)
 
     def logprobs(self, answers, temperature):
         """response_logprobs of answers (n, t) with its mask, in the arithmetic of the update."""
-        prompts = [answer.prompt for answer in answers]
-        responses = [answer.response for answer in answers]
         with self.autocast:
-            return response_logprobs(self.model, prompts, responses, temperature=temperature)
+            return response_logprobs(self.model, [answer.prompt for answer in answers],
+                                     [answer.response for answer in answers],
+                                     temperature=temperature)
 
     def save(self, folder):
         """Writes an ordinary Hugging Face folder, whole or not at all."""
@@ -527,17 +519,14 @@ def train_step(policy, optimizer, problems, pool, config, step):
         for answer, advantage in zip(group, advantages.tolist()):
             answer.advantage = advantage
     # 3. Old log-probs (pi_old) for all mini-batches but the first, which finds the policy as it is.
-    mini_batches = []
-    for first in range(0, len(groups), config.minibatch_prompts):
-        some = groups[first:first + config.minibatch_prompts]
-        mini_batches.append([answer for group in some for answer in group])
-    for answers in mini_batches[1:]:
-        set_old_logprobs(policy, answers, config)
+    size = config.minibatch_prompts
+    mini_batches = [sum(groups[first:first + size], []) for first in range(0, len(groups), size)]
+    set_old_logprobs(policy, sum(mini_batches[1:], []), config)
     # 4. One update a mini-batch of whole groups (Eq. 4).
     rate = learning_rate(config, step)
     updates = [update_policy(policy, optimizer, answers, config, rate) for answers in mini_batches]
     seconds = {"sample_s": sampled - start, "update_s": time.perf_counter() - sampled}
-    return rollout_metrics(groups, config) | update_metrics(updates) | seconds
+    return metrics_of(groups, updates, config) | seconds
 
 
 def make_groups(policy, problems, pool, config, step):
@@ -563,23 +552,21 @@ def draw_replays(pool, problem, config, step):
     return pool.draw(problem.question, config.replays, rng, problem.chat)
 
 
+@torch.no_grad()
 def set_old_logprobs(policy, answers, config):
     """Keeps the log-probs of the policy as it is now, of those answers that have a gradient."""
-    teaching = [answer for answer in answers if answer.advantage != 0]
-    for batch in micro_batches(teaching, config.micro_tokens):
-        with torch.no_grad():
-            logprobs, _ = policy.logprobs(batch, config.temperature)
+    for batch in micro_batches(answers, config.micro_tokens):
+        logprobs, _ = policy.logprobs(batch, config.temperature)
         for answer, row in zip(batch, logprobs):
             answer.old_logprobs = row[:len(answer.response)].clone()
 
 
 def update_policy(policy, optimizer, answers, config, rate):
     """One optimizer step on one mini-batch (Eq. 4), in micro-batches whose losses add up. Answers
-    of advantage 0 have no gradient and are not computed; their tokens stay in the mean."""
+    without gradient are not computed, but their tokens stay in the mean. Returns the metrics."""
     num_tokens = sum(len(answer.response) for answer in answers)
-    teaching = [answer for answer in answers if answer.advantage != 0]
     metrics = Counter(loss=0.0, clip_low=0.0, clip_high=0.0)
-    for batch in micro_batches(teaching, config.micro_tokens):
+    for batch in micro_batches(answers, config.micro_tokens):
         logprobs, mask = policy.logprobs(batch, config.temperature)
         for answer, row in zip(batch, logprobs.detach()):
             if answer.old_logprobs is None:  # the policy is still pi_old: ratio 1
@@ -604,34 +591,28 @@ def learning_rate(config, step):
     return config.learning_rate * min(1.0, step / max(1, config.lr_warmup_steps))
 
 
-def rollout_metrics(groups, config):
-    """What a step's answers were like; the README explains each number."""
+def metrics_of(groups, updates, config):
+    """What a step's answers and updates were like, for metrics.jsonl; the README explains each."""
     fresh = [answer for group in groups for answer in group if not answer.replayed]
     teaching = [group for group in groups if any(answer.advantage for answer in group)]
     lengths = [len(answer.response) for answer in fresh]
     # The policy's entropy, estimated over the tokens of those fresh answers that have a gradient:
     # their log-probs at the start of the step have been needed anyway.
     surprise = [-answer.old_logprobs for answer in fresh if answer.old_logprobs is not None]
-    return {
-        "accuracy": fmean([answer.correct for answer in fresh]),
-        "reward": fmean([answer.reward for answer in fresh]),
+    metrics = {
+        "accuracy": fmean(answer.correct for answer in fresh),
+        "reward": fmean(answer.reward for answer in fresh),
         "entropy": torch.cat(surprise).mean().item() if surprise else None,
-        "length": fmean(lengths),
+        "length": fmean(lengths), "sampled_tokens": sum(lengths),
         "truncated": lengths.count(config.max_new_tokens) / len(lengths),
-        "replays": sum(len(group) for group in groups) - len(fresh),
+        "replays": sum(map(len, groups)) - len(fresh),
         "zero_variance": 1 - len(teaching) / len(groups),
-        "sampled_tokens": sum(lengths),
         "trained_tokens": sum(len(a.response) for group in teaching for a in group if a.advantage),
     }
-
-
-def update_metrics(updates):
-    """The means over a step's updates; None over none, if all were skipped."""
-    means = {}
     for name in ("loss", "clip_low", "clip_high", "grad_norm", "skipped"):
-        values = [update[name] for update in updates if name in update]
-        means[name] = fmean(values) if values else None
-    return means
+        values = [update[name] for update in updates if name in update]  # of those not skipped
+        metrics[name] = fmean(values) if values else None
+    return metrics
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -656,8 +637,7 @@ def maj_at_k(answers: list[list[str | None]], correct: list[list[bool]]) -> floa
     won = 0
     for row, marks in zip(answers, correct):
         votes = Counter(answer for answer in row if answer is not None)
-        if votes:
-            [(winner, _)] = votes.most_common(1)
+        for winner, _ in votes.most_common(1):
             won += marks[row.index(winner)]
     return won / len(answers)
 
@@ -691,7 +671,7 @@ def train(config, problems, held_out):
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.1)  # paper: 0.1
     pool = load_replays(policy, problems, config) if config.pool else ExperiencePool()
     arm = f"RLEP, M = {config.replays}" if config.pool else "vanilla RL"
-    rows = load_checkpoint(out / "checkpoint.pt", policy, optimizer)  # of steps already taken
+    rows = load_checkpoint(out / "checkpoint.pt", policy.model, optimizer)  # of steps taken so far
     for step in tqdm(range(len(rows), config.steps + 1), arm, config.steps + 1, initial=len(rows)):
         row = {"step": step}
         if step > 0:
@@ -713,13 +693,22 @@ def train(config, problems, held_out):
     return summary
 
 
+def load_checkpoint(path, model, optimizer):
+    """Goes on from a checkpoint, if there is one; returns the metrics of the steps up to it."""
+    with blame(f"{path}: damaged; delete {path.parent}"):
+        state = torch.load(path, "cpu", weights_only=True) if path.exists() else {"rows": []}
+        if state["rows"]:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["adam"])
+        return [{**row} for row in state["rows"]]
+
+
 def questions_of_step(problems, config, step):
     """The same in both arms: shuffled epochs, each less the rest that does not fill a step."""
     size = min(config.prompts_per_step, len(problems))
     epoch, place = divmod(step - 1, len(problems) // size)
     rng = random.Random(seed_of(config.seed, "order", epoch))
-    shuffled = rng.sample(problems, len(problems))
-    return shuffled[place * size:(place + 1) * size]
+    return rng.sample(problems, len(problems))[place * size:(place + 1) * size]
 
 
 def load_replays(policy, problems, config):
@@ -729,10 +718,8 @@ def load_replays(policy, problems, config):
         for text in stored.answers.get(problem, []):
             if len(policy.encode_answer(text)) <= config.max_new_tokens:
                 pool.add(problem.question, problem.gold, text, problem.chat)
-    print(f"{config.pool}: {len(pool)} of {len(stored)} correct answers serve, to "
-          f"{len(pool.answers)} of {len(problems)} questions (others: too long, wrong or unasked)")
-    if not pool.answers:
-        raise UserError(f"{config.pool}: no answer to a question of the --data; give its own")
+    require(pool.answers, f"{config.pool}: no answer to a question of the --data; give its own")
+    print(f"{config.pool}: {len(pool)} of {len(stored)} answers serve; others: too long or foreign")
     return pool
 
 
@@ -759,7 +746,7 @@ def collect(config, problems):
     pool.answers = {problem: texts for problem, texts in pool.answers.items() if len(texts) >= 2}
     if not pool.answers:
         unfinished.unlink()  # so that another --collect_k may be given
-        raise UserError(f"{policy.name}: solves no question twice; raise --collect_k")
+    require(pool.answers, f"{policy.name}: solves no question twice; raise --collect_k")
     pool.save(out / "pool.jsonl")
     summary = {"questions": len(pool.answers), "answers": len(pool)}
     write_rows(out / "summary.json", [summary])
@@ -770,38 +757,27 @@ def run(config, problems, held_out):
     """The whole method: base model, vanilla RL, collection, RLEP from the base, both curves."""
     out = Path(config.out)
     open_folder("run", config, problems + held_out)
-    base = config.model or make_base(config, out / "base")
-    own = replace(config, model=base, replays=0)
+    own = replace(config, model=config.model or make_base(config, out / "base"), replays=0)
     vanilla = train(replace(own, out=f"{out}/vanilla"), problems, held_out)
     seed_policy = f"{out}/vanilla/policy"
     pool = collect(replace(own, out=f"{out}/collection", model=seed_policy), problems)
     shutil.copy(out / "collection/pool.jsonl", out)
-    replayed = replace(config, model=base, out=f"{out}/rlep", pool=f"{out}/pool.jsonl")
-    rlep = train(replayed, problems, held_out)
-    plot([out], out)
+    own = replace(own, pool=f"{out}/pool.jsonl", replays=config.replays)
+    rlep = train(replace(own, out=f"{out}/rlep"), problems, held_out)
     write_rows(out / "summary.json", [{**pool, "vanilla": vanilla, "rlep": rlep}])
-    print(f"pool: {pool['answers']} answers to {pool['questions']} questions")
+    plot([out], out)
 
 
 # ==== Appendix: what every such program needs. Data files =========================================
 def read_rows(path):
     """Yields ("FILE:LINE", row) for the JSON lines of a file. Raises UserError on a bad one."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                where = f"{path}:{number}"
-                with blame(f"{where}: is not one JSON object; mend or delete it (from an array, "
-                           "pandas.read_json(OLD).to_json(NEW, orient='records', lines=True))"):
-                    row = {**json.loads(line)}
-                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
-                yield where, row
-
-
-def texts_only(value):
-    """A JSON value, if it is a list of texts. Raises ValueError."""
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ValueError("not a list of texts")
-    return value
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        where = f"{path}:{number}"
+        if line.strip():
+            with blame(f"{where}: each line must be a JSON object, as pandas' to_json writes them"):
+                row = {**json.loads(line)}
+                json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
+            yield where, row
 
 
 def messages(problem):
@@ -817,56 +793,38 @@ def row_to_problem(row, where):
     if isinstance(question, str):
         question = [{"role": "user", "content": f"{question.strip()}\n{BOXED}"}]
     with blame(f"{where}: no question; give question, problem or prompt: a text, or a chat list"):
-        chat = [tuple(texts_only([message["role"], message["content"]])) for message in question]
+        chat = [(message["role"], message["content"]) for message in question]
+        require(all(isinstance(part, str) for pair in chat for part in pair), "not a text")
         role, text = chat.pop()
-        if role != "user" or not text.strip():
-            raise ValueError("the last message must be the user's, and not empty")
-    gold = find_gold(row)
-    if not gold:
-        raise UserError(f"{where}: no answer; give it as answer, solution or ground_truth")
+        require(role == "user" and text.strip(), "the last message must be the user's, not empty")
+    inner = row["reward_model"] if isinstance(row.get("reward_model"), dict) else {}
+    golds = row.get("answer"), row.get("ground_truth"), inner.get("ground_truth"), row.get("solution")
+    gold = next(filter(None, map(to_gold, golds)), None)
+    require(gold, f"{where}: no answer; give it as answer, solution or ground_truth")
     return Problem(text, gold, tuple(chat))
 
 
-def find_gold(row):
-    """The gold answer of a data row as text, "" if it has none."""
-    golds = [row.get("answer"), row.get("ground_truth"), row.get("solution")]
-    if isinstance(row.get("reward_model"), dict):
-        golds.insert(2, row["reward_model"].get("ground_truth"))
-    for gold in golds:
-        if isinstance(gold, list):  # OlympiadBench
-            gold = ", ".join(map(str, gold))
-        if isinstance(gold, (int, float)) and not isinstance(gold, bool) and math.isfinite(gold):
-            gold = str(gold)
-        if isinstance(gold, str) and gold.strip():
-            gold = gold.rpartition("####")[2].strip()  # GSM8K
-            return extract_answer(gold) or gold  # MATH: the last box
-    return ""
+def to_gold(value):
+    """What a field of a data row gives as the gold answer: a text, "" if there is none."""
+    value = ", ".join(map(str, value)) if isinstance(value, list) else value  # OlympiadBench
+    if type(value) not in (str, int, float) or value != value:  # not true, null, NaN
+        return ""
+    text = str(value).rpartition("####")[2].strip()  # GSM8K
+    return extract_answer(text) or text  # MATH: the last box
 
 
 def load_problems(config):
-    """The training problems and the held-out ones, from files or embedded. Raises UserError."""
-    train_size = config.train_size or (0 if config.data else 512)
-    if config.data:
-        problems = read_problems(config.data)
-    else:
-        problems = embedded_problems(train_size + config.eval_size, seed=0)
-    held_out = read_problems(config.eval_data) if config.eval_data else problems[-config.eval_size:]
-    held_out = held_out[:config.eval_size]
-    asked = set(held_out)
-    problems = [problem for problem in problems if problem not in asked]  # none is trained on
-    if not held_out or len(problems) < max(1, train_size):
-        raise UserError(f"{config.data or 'embedded problems'} {config.eval_data}: too few; lower "
-                        "--train_size or --eval_size")
+    """The training problems and the held-out ones, of equal ones the first. Raises UserError."""
+    def read(path):
+        return list(dict.fromkeys(row_to_problem(row, where) for where, row in read_rows(path)))
+
+    size, train_size = config.eval_size, config.train_size or (0 if config.data else 512)
+    problems = read(config.data) if config.data else embedded_problems(train_size + size, seed=0)
+    held_out = read(config.eval_data)[:size] if config.eval_data else problems[-size:]
+    problems = [problem for problem in problems if problem not in set(held_out)]
+    enough = held_out and len(problems) >= max(1, train_size)
+    require(enough, f"{config.data} {config.eval_data}: too few; lower --train_size or --eval_size")
     return problems[:train_size or None], held_out
-
-
-def read_problems(path):
-    """The problems of a data file; of equal questions the first counts."""
-    problems = [row_to_problem(row, where) for where, row in read_rows(path)]
-    distinct = list(dict.fromkeys(problems))
-    if len(distinct) < len(problems):
-        print(f"{path}: {len(problems) - len(distinct)} rows repeat a question and are left out")
-    return distinct
 
 
 # ---- The embedded problems and their base model: nothing to download -----------------------------
@@ -883,20 +841,16 @@ def embedded_problems(number, seed):
 def write_working(question, rng):
     """A working, such as 3*7=1,4*9=6,1+6=7\\boxed{7}, from the left or from the right. One result
     in twenty is wrong, and what follows builds on it."""
-    steps = []
+    steps, total = [], None
 
     def work(a, sign, b):
-        result = (a * b if sign == "*" else a + b) % 10
+        result = a * b if sign == "*" else a + b
         if rng.random() < 0.05:
-            result = (result + rng.randrange(1, 10)) % 10
-        steps.append(f"{a}{sign}{b}={result}")
-        return result
+            result += rng.randrange(1, 10)
+        steps.append(f"{a}{sign}{b}={result % 10}")
+        return result % 10
 
-    products = question.split(" ")[0].split("+")
-    if rng.random() < 0.5:
-        products.reverse()
-    total = None
-    for product in products:
+    for product in question.split(" ")[0].split("+")[::rng.choice([1, -1])]:
         value = work(int(product[0]), "*", int(product[2]))
         total = value if total is None else work(total, "+", value)
     return f"{','.join(steps)}\\boxed{{{total}}}"
@@ -905,8 +859,7 @@ def write_working(question, rng):
 def save_untrained(folder, seed):
     """Writes a Llama of 160,000 random weights and a tokenizer of characters and a few words."""
     words = ["<pad>", "<eos>", "<unk>", "\\boxed{", "Work: ", " mod 10 = ", *"0123456789+*=,}?"]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
     pieces = Regex(r"\\boxed\{|Work: | mod 10 = |[\s\S]")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -935,15 +888,13 @@ def make_base(config, folder):
     for step in tqdm(range(config.warmup_steps), "base model, in place of pretraining"):
         rng = random.Random(seed_of(config.seed, "warm-up", step))
         answers = []
-        for place, problem in enumerate(embedded_problems(64, seed=rng.getrandbits(48))):
+        for place, problem in enumerate(embedded_problems(32, seed=rng.getrandbits(48))):
             prompt, text = policy.encode_prompt(problem), write_working(problem.question, rng)
-            chance = {2: 1 / 32, 3: 1 / 128, 4: 1 / 512}[problem.question.count("*")]
+            works = {2: 1 / 32, 3: 1 / 128, 4: 1 / 512}[problem.question.count("*")]
             if place % 4 > 0:
                 prompt += policy.encode_answer("Work: ")[:-1]
-            elif rng.random() < chance:
-                text = "Work: " + text
             else:
-                text = "\\boxed{?}"
+                text = "Work: " + text if rng.random() < works else "\\boxed{?}"
             answers.append(Answer(prompt, policy.encode_answer(text), advantage=1.0))
         done = (step + 1) / config.warmup_steps
         rate = 4e-3 * min(10 * done, 0.5 + 0.5 * math.cos(math.pi * done))  # up a tenth, then down
@@ -953,158 +904,172 @@ def make_base(config, folder):
 
 
 # ---- The verifier --------------------------------------------------------------------------------
-# One layer at a time comes off, each leaves a text to print: \boxed{6+0} against the gold 6, and
-# \boxed{\frac{\sqrt{8}}{2}\text{ cm}} against \sqrt2. Names and units go if one side has none.
-#   extract_answer: the last box or what is announced     6+0          \frac{\sqrt{8}}{2}\text{ cm}
-#   plain_formula: TeX becomes + - * / ^ and "units"      6+0          (((8^(1/2)))/2)*"cm"
-#   only_restates: is it still to be worked out?          yes: False   no (3 signs, \sqrt2 has 2)
-#   answer_value: what can be compared                                 1.4142135624 twice: True
+# \boxed{\frac{\sqrt{8}}{2}\text{ cm}} for the gold answer \sqrt2 is True; \boxed{6+0} for 6, False:
+#   extract_answer: the last box     \frac{\sqrt{8}}{2}\text{ cm}             6+0
+#   TIDY: one spelling of many       \frac{√{2}{8}}{2} cm          √{2}2      6+0         6
+#   UNIT: off if one side has none   \frac{√{2}{8}}{2}             √{2}2      6+0         6
+#   read: value, operations to do    1.41421356237; a root         the same   6; a sum    6; none
+# Equal: one value, letters being unknown numbers; lists and sets in any order. "x=" or a unit (of
+# UNIT, or a plural) may be missing on one side, not differ. Never equal: a guess among several; a
+# root and its decimals; (1,2) and [1,2]; more operations to do than in gold; what cannot be read.
 LITERALS = dict(pair.split("→") for pair in r"""
-    \dfrac→\frac \tfrac→\frac \cfrac→\frac ½→\frac12 √→\sqrt \times→* \cdot→* ×→* ·→* \div→/ ÷→/
-    −→- –→- ...→… {,}→, ,\!→, ，→, ;→, &→, \pm→± \infty→∞ \cup→∪ \in→= \leq→≤ \le→≤ \geq→≥ \ge→≥
-    ²→^2 ³→^3 \pi→π ^\circ→"degree" ^{\circ}→"degree" °→"degree" \$→"dollar" £→"pound" €→"euro"
-    \%→"percent" %→"percent" ％→"percent" \begin{pmatrix}→[[ \\→],[ \end{pmatrix}→]] \,→~ \;→~
-    \quad→~ \!→ \left→ \right→ \bigl→ \bigr→ \displaystyle→ \(→ \)→ \[→ \]→ $→""".split())
-LITERAL = "|".join(re.escape(key) + r"(?![A-Za-z])" * key[-1].isalpha() for key in LITERALS)
-REWRITES = [  # a pattern, and its replacement or a function that makes it; applied in this order
-    (LITERAL, lambda m: LITERALS[m[0]]),
-    (r"(?<![\d.,~(\[])\d{1,3}(?:[,~]\d{3})+(?![\d,)\]])", lambda m: re.sub("[,~]", "", m[0])),
-    (r"(?:~|\\?\s)+", " "),
-    (r"\\(?:text|mbox|math)\w* *\{([^{}]*)\}", r'"\1"'),
-    (r'(?<![\\\w"])([A-Za-z]{3,}|(?i:no|on)|[ck]m)(?!\w)(?=[^"]*("[^"]*"[^"]*)*$)', r'"\1"'),
-    (r'[, ]*"? *\b(?:and|or)\b *"?[, ]*', ","),  # 2, 3, and 5
-    (r'" *\(?([^"]*?)s?\)? *"', lambda m: m[1] if m[1] in "ABCDE" else f'"{m[1].lower()}"'),
-    (r"(^|= *)\\\{(.*)\\\}$", r"\1\2"),  # a set is a list
-    (r"(?<![\w.^{}])(\d+) *(?=\\frac *\{?\d+\}? *\{?\d)", r"\1&"),  # & adds: 3\frac12 is 3&(1/2)
-    (r"(?<![^,])([^,±]*)±([^,]*)", r"\1+\2,\1-\2")] + 9 * [  # each round opens the inner braces
-    (r"\\frac *(?:\{([^{}]*)\}|(\w)) *(?:\{([^{}]*)\}|(\w))", r"((\1\2)/(\3\4))"),
-    (r"\\sqrt *\[(\d+)\] *\{([^{}]*)\}", r"((\2)^(1/\1))"),
-    (r"\\sqrt *(?:\{([^{}]*)\}|(\d+|\w))", r"((\1\2)^(1/2))"),
-    (r"(?<![}\]\\])(?<!\\frac)(?<!\\frac\w) *\{([^{}]*)\}", r"(\1)")] + [
-    (r'(?<=[)"]) *(?=\d)|(?<=[^\W_]|\)) *(?=[^\W\d_]|[(\\"])'  # 2x: 2*x
-     r'|("[^"]*"|\\[A-Za-z]+|[A-Za-z]{3,}|\d[eE][-+]?\d+)', lambda m: m[1] or "*"),  # but not here
-    (r"(?<!\d) +| +(?!\d)", ""),  # 5 6 is not 56
-    (r"\((\w+)\)", r"\1")]  # (8) is 8
-UNIT = re.compile(  # no word that makes another number of the number before it
-    r'\*"(?!i"|[^"]*(?:\d|illion|thousand|hundred|dozen|pair|hal[fv]|third|quarter|th\b'
-    r'|squared|cubed|than|most|least|more|less|below|above|plus|minus|negativ|factorial|choose'
-    r'|point\w|not))[^"]*"(?:\^[23]|/"[^"]*")*(?=[,)\]]|$)|(?<![^,(])"(?:dollar|pound|euro)"\*')
-NAME = re.compile(r"(?:^(?!-)|(?<=,))(?:(?:\([a-z,]+\)|(?:[^\d,=]|_\d)+)=)+|=[A-Za-z]$")
-MARKER = re.compile(r"(?im)answers?[\s*]*(?:(?:is|are)\b|[:=])|^#+ *answer\W*$|####|^A:|<answer>")
-END = re.compile(r"[.!?;](?=\s|\**$)|\n|</|,? (?:because|since|as|where)\b|(?<=s) \((?=[^$]*$)")
-OPERATIONS = {"+": add, "-": sub, "*": mul, "/": truediv, "^": pow, "&": add}
+    \dfrac→\frac \tfrac→\frac ½→\frac12 \sqrt→√ sqrt(→√( \pi→π \theta→θ \infty→∞ \emptyset→∅
+    \varnothing→∅ \in→= \cup→, ;→, ，→, &→, \\→],[ \begin{pmatrix}→[[ \end{pmatrix}→]]
+    \begin{bmatrix}→[[ \end{bmatrix}→]] \cdot→* ·→* \times→* ×→* **→^ \div→/ ÷→/ −→- –→- ‑→- \pm→±
+    \leq→≤ \le→≤ <=→≤ \geq→≥ \ge→≥ >=→≥ ²→^2 ³→^3 ⁴→^4 ⁵→^5 ...→… ^\circ→~degree ^{\circ}→~degree
+    °→~degree \%→~percent %→~percent ％→~percent \{→{ \}→} $→ `→ \!→ \(→ \)→ \[→ \]→ \left→ \right→
+    \Big→ \bigl→ \bigr→ \Bigl→ \Bigr→ \displaystyle→ \boxed→ m\angle→ \angle→ *pi→*π""".split())
+LITERAL = "(?:" + "|".join(map(re.escape, LITERALS)) + r")(?!(?<=[A-Za-z])[A-Za-z])"  # whole words
+TIDY = [(re.compile(pattern), new) for pattern, new in [
+    (r"(?<=\d)(?:\{,\}|,\\!|\\[, ]|[\xa0\u2009\u202f])(?=\d{3}(?!\d))", ""),  # 12\,345: 12345
+    (r"\\\$ ?([\d,]+(?:\.\d+)?)", r"\1~dollar"),  # \$45: 45 dollar
+    (LITERAL, lambda found: LITERALS[found[0]]),  # \dfrac12: \frac12
+    (r"(?<![\d.,(\[])\d{1,3}(?:,\d{3})+(?![\d,)\]])", lambda m: m[0].replace(",", "")),  # 1,234
+    (r"\\(?:text|math(?!bb)|mbox)\w*\s*\{([^{}]*)\}", r" \1 "),  # \mathbf{(3,4)}: (3,4)
+    (r"(?:~|\\[,;:]|\\q?quad|\\?\s)+", " "),  # a~b: a b
+    (r"^\W*([A-J])[).:]+ +[^,(A-Z]*$", r"\1"),  # (C) 14: C
+    (r"[, ]*\b(?:and|or)\b[, ]*(?=[^, ])", ","),  # 2, 3, and 5: 2,3,5
+    (r"(?<=_)\{(\w+)\}|\{([A-Za-z])\}", r" \1\2 "),  # a_{10}: a_10, \sin{b}: \sin b
+    (r"(?<![^,])([^,±]*)±([^,]*)", r"\1+\2,\1-\2"),  # 1±x: 1+x,1-x
+    (r"√(?: ?\[([^\]]*)\])?", lambda found: f"√{{{found[1] or 2}}}"),  # √[3]8: √{3}8
+    (r"\\frac ?(\w)", r"\\frac{\1}"),  # \frac12: \frac{1}2
+    (r"(?<![\w.^}])(\d+) ?(?=\\frac\{\d+\} ?\{?\d)", r"\1&"),  # 2\frac{1}{2}: 2&\frac{1}{2}
+    (r"(?<![A-Za-z\d)}\]π]) +| +(?![A-Za-z\d])|[ .,]+$", ""),  # a + b.: a+b
+    (r"(?<![\d.])10\^(?:\{(-?\d+)\}|(-?\d+))(?![\d.^])", r"1e\1\2")]]  # 3*10^{8}: 3*1e8
+NAME = r"(?<![^,])(?:\([a-z,]+\)|(?:[^\W\d](?:_\w+)?|[A-Z]{2,3}|[A-Za-z]{4,})(?:\(\w\))?)="  # f(x)=
+NO_UNIT = (r"plus|minus|times|perhaps|is|was|\w*ss|tens|twos|pairs|halves|thirds|quarters|lakhs|"
+           r"crores|(?!mo)\w+ths|\w+(?:zen|red|sand|llion)s")  # 5 tens is not 5
+UNIT = (r"(?i)(?<=[\w)}\]])(?<![A-Za-z]{2})(?: | ?\()(?!(?:" + NO_UNIT + r")\b)((?:square |cubic )?"
+        r"(?:[ckm]m|kg|gm|ft|k?m/[sh]|feet|inch|hour|degree|percent|dollar|[a-z]{2,}(?=s)))s?"
+        r"( per \w+|\^\d)?\)?(?=$|[,)\]}])")  # 5 cm, 6π cm^3, 7 (apples)
+BRACES = r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*\})*)\}"  # five deep
+BOX = r"\\f?box(?:ed)?\s*(?:" + BRACES + r"|(-?\d[\d.,]*|\\d?frac\{\w+\}\{\w+\})|\{)"  # \boxed 7
+GAP = r"(?:[\s$}]|\\[,;: ()\[\]]|\\q?quad|\\text *\{)*"  # between boxes
+BOXES = f"{BOX}(?:{GAP}(?:,{GAP}(?:and|or)|,|and|or){GAP}{BOX})*"  # \boxed{2}$ and $\boxed{5}
+MARKER = (r"(?im)(?:answers?[\s*]*(?:is|are|[:=])(?! helpful)|^[#* ]*(?:final )?answer[*: ]*$|^A:"
+          r"|<answer>|####(?= *(?:[^A-Za-z\s*]|\w\b)))(?:[\s*:`$]|\\[\[(])*(?=((?s:.{0,900})))")
+END = r"(?<!\.)[.;](?!\S)|\n|</|[, ]+(?:because|since|which|so|in total|not)\b| \((\d+ )?[a-z]{2}"
+HEDGE = (r"(?i)\d(?:[$,]|\\text\{)* or \W*\||\|(?:[^.\n]*?\b|\s*)(?:or(?! else)|maybe|perhaps|"
+         r"alternatively)\b|\}\$? ?(?:[-+/^]|\\times|\\cdot)[ $]*\|")  # round the answer |: | or 5
+TOKEN = re.compile(r"(?<!\^)[\d.]*\d\*1e-?\d{1,3}|[\d.]*\d(?:e[-+]?\d{1,3})?|no\b|on\b|\\\w+"
+                   r"|(?:[fghP]|ln|[a-z]{3,})\(|(?<![\w\\])[A-Za-z]{3}[A-Za-z ]*|[^\W\d_]_\w+|[^ ]")
+SIGNS = {"=": 1, "+": 2, "-": 2, "*": 3, "/": 3, "^": 4, "&": 5}  # the higher, the closer it binds
+ORDER = {"{}": sorted, "()": list, "[]": list, "(]": list, "[)": list}  # a set has none
+OPERATIONS = {  # & as in 2&1/2, 0- as in -5; a power of more than 4,000 digits becomes a float
+    "+": add, "-": sub, "*": mul, "/": truediv, "\\frac": truediv, "&": add, "0+": add, "0-": sub,
+    "^": lambda base, up: base ** up if len(str(base)) * abs(up) < 4000 else float(base) ** up,
+    "√": lambda degree, base: base ** (1 / degree), "=": lambda a, b: made_up("=", abs(a - b))}
 
 
 def verify(response: str, gold: str) -> bool:
-    """Whether the final answer of a response equals the gold answer, by the rules in the README."""
+    """Whether the final answer of a response equals the gold answer, by the rules above."""
     try:
         answer = extract_answer(response)
-        gold = extract_answer(gold) if "####" in gold or "\\boxed" in gold else gold
-        if len(answer) + len(gold) > 1000 or answer == gold:
-            return answer == gold
-        answer, gold = plain_formula(answer), plain_formula(gold)
+        gold = extract_answer(gold) if "####" in gold or "\\boxed" in gold else gold[:300]
+        for pattern, new in TIDY:
+            answer, gold = pattern.sub(new, answer), pattern.sub(new, gold)
         for label in (NAME, UNIT):  # may be missing on one side
-            if not (label.search(answer) and label.search(gold)):
-                answer, gold = label.sub("", answer), label.sub("", gold)
-        return not only_restates(answer, gold) and answer_value(answer) == answer_value(gold)
-    except Exception:  # what cannot be read is not equal
+            if len({*re.findall(label, answer), *re.findall(label, gold)}) == 1:
+                answer, gold = re.sub(label, "", answer), re.sub(label, "", gold)
+        if answer == gold:
+            return True
+        to_do, allowed = [], []
+        value = read(TOKEN.findall("{%s}" % answer)[::-1], to_do)  # a set; reversed, for pop
+        wanted = read(TOKEN.findall("{%s}" % gold)[::-1], allowed)
+        return made_up(value) == made_up(wanted) and len(to_do) <= len(allowed)
+    except Exception:  # what cannot be read equals nothing
         return False
 
 
 def extract_answer(response: str) -> str | None:
-    """The last box, or what the last "Answer:" or "####" announces; None if there is nothing."""
-    text = response[-8000:].rpartition("</think>")[2].strip() if isinstance(response, str) else ""
-    text = re.sub(r"(\\f?box(?:ed)?\b)\s*(\w+)", r"\1{\2}", text)  # \boxed 7
-    boxes, joined = [], False
-    for piece in re.split(r"\\f?box(?:ed)?\b\s*", text)[1:]:
-        inside, *rest = split_outside(piece, "}")  # "{6+0", "}", and the text behind the box
-        boxes = (boxes if joined else []) + [inside[1:] if rest else ""]
-        between = re.sub(r"\\(?:[,;: ()\[\]]|q?quad|text)|[\s${}]", "", "".join(rest[1:]))
-        joined = re.fullmatch(r",|,?(?:and|or)|[-+*/^]|\\times|\\cdot", between)
-    if boxes:
-        return ",".join(boxes) if all(re.search(r"[^\W_]|\\[{e]", box) for box in boxes) else None
-    markers = list(MARKER.finditer(text))
-    announced = text[markers[-1].end():].lstrip(" \t\r\n*:")[:500] if markers else ""
-    return END.split(announced)[0].strip(" *,") or None
+    """The last box or boxes, else what "Answer:" announces; None if it is nothing or several."""
+    text = response[-20_000:].rpartition("</think>")[2]
+    found = [*re.finditer(BOXES, text)]
+    if found:
+        start, end = found[-1].span()
+        boxes = re.findall(BOX, text[start:end])
+        answer = ",".join(braced or bare for braced, bare in boxes)
+        beside = text[:start][-12:] + "|" + text[end:end + 20]
+    else:
+        *_, announced = ["", *re.findall(MARKER, text)]  # what follows the last one
+        answer = re.split(END, announced)[0].strip(" *,")
+        beside = "|" + announced[len(answer):][:60]
+    usable = re.search(r"(?:[^\W_]|\\[{e])(\\,|[^,])*$", answer) and len(answer) < 300
+    return answer if usable and not re.search(HEDGE, beside) else None
 
 
-def plain_formula(text: str) -> str:
-    """A TeX answer as a formula of numbers, letters, "units", brackets and the signs + - * / ^."""
-    for pattern, new in REWRITES:
-        text = re.sub(pattern, new, text).strip().rstrip(".,")
-    return text
+class Numeral(Fraction):
+    """A number as it is written: 5, -0.5, 7/3. Arithmetic on it gives an ordinary Fraction."""
 
 
-def only_restates(answer: str, gold: str) -> bool:
-    """Whether it has many more signs than the gold, or for a number a sum or product to do."""
-    signs = [len(re.findall(r'[*/^](?!")|(?<=[\w)])[-+]', text)) for text in (answer, gold)]
-    unfinished = re.search(r"[\d)][-+][\d(]|[\d)]\*(?!10\^)\(*\d", answer)
-    return signs[0] > signs[1] + 2 or bool(unfinished and re.fullmatch(r"[-\d./()&]+", gold))
+def read(tokens: list, to_do: list, weakest: int = 0):
+    """The value of the last tokens, up to a sign that binds less than `weakest`; adds to to_do."""
+    token = tokens.pop()
+    if token in "([{":
+        items = [read(tokens, to_do, 1)]
+        while (end := tokens.pop()) == ",":
+            items.append(read(tokens, to_do, 1))
+        items = ORDER[token + end](items)
+        value = items[0] if len(items) == 1 and end in ")}" else made_up(token + end, *items)
+    elif token in "+-":
+        value = combine("0" + token, Numeral(0), read(tokens, to_do, SIGNS["^"]), to_do)
+    elif token in ("\\frac", "√"):
+        value = combine(token, read(tokens, to_do, 9), read(tokens, to_do, 9), to_do)
+    elif token.strip(".")[:1].isdecimal():
+        value = Numeral(token.replace("*1", ""))  # 3*1e8
+    elif re.fullmatch(r"[∞∅]|[^\W\d_][\w ]*", token):
+        name = token if "_" in token or len(token) < 3 else token.lower()
+        value = math.inf if name == "∞" else made_up(name)
+    else:
+        raise ValueError(token)
+    while tokens:
+        if weakest <= SIGNS["*"] and re.match(r"[({\\√∞]|[^\W\d_]", tokens[-1]):
+            tokens.append("*")  # 2x
+        if SIGNS.get(tokens[-1], 0) < weakest:
+            break
+        sign = tokens.pop()  # one that is not in SIGNS raises: 5}6
+        value = combine(sign, value, read(tokens, to_do, SIGNS[sign] + 1), to_do)
+    return value
 
 
-def split_outside(text: str, signs: str) -> list[str]:
-    """Cut at the signs outside brackets: "2*(x+1)-y" at "+-" gives ["2*(x+1)", "-", "y"]."""
-    pieces, depth, start = [], 0, 0
-    for at, sign in enumerate(text if set(signs) & set(text) else ""):
-        depth += (sign in "([{") - (sign in ")]}")
-        if depth == 0 and sign in signs and text[at - 1:at] not in tuple("+-*/^"):
-            pieces += [text[start:at], sign]
-            start = at + 1
-    return pieces + [text[start:]]
+def combine(sign: str, left, right, to_do: list):
+    """The value of an operation, noted in to_do if it is no way to write a number."""
+    value = OPERATIONS[sign](left, right)
+    if isinstance(value, float) and 1e15 < abs(value) < math.inf:  # + 1 would not change it
+        raise OverflowError(value)
+    numerals = isinstance(left, Numeral) + isinstance(right, Numeral)
+    written = sign in ("0+", "0-", "&") and right >= 0  # -5, 2&1/2
+    if numerals == 2 and sign in ("/", "\\frac"):  # 7/3, but 84/2 is to do
+        written = left.denominator == right.denominator == 1 < value.denominator
+    if numerals == 2 and written:
+        return Numeral(value)
+    if numerals != 1 or sign in ("+", "-", "^", "√"):  # 2x, x/2 and -x are written so
+        to_do.append(sign)
+    return value
 
 
-def answer_value(text: str) -> object:
-    """A number, or the parts of a tuple in order, or of a list or equation in any order."""
-    for sign in ",∪=":
-        parts = split_outside(text, sign)[::2]
-        if len(parts) > 1:
-            return sign, frozenset(Counter(map(answer_value, parts)).items())
-    parts = split_outside(text[1:-1], ",")[::2]
-    if text[0] == "[" or text[0] == "(" and len(parts) > 1:  # a tuple, interval or matrix
-        return text[0] + text[-1], *map(answer_value, parts)
-    if re.search(r'[^\w.+*/^&()"-]|\d_|(?<![\d.])[A-Za-z]\d|"_', text):  # else by its spelling
-        return text.lstrip("+").replace('"', "").lower()
-    value = formula_value(text)
-    return value if isinstance(value, Fraction) else f"{value:.11g}" if abs(value) < 1e6 else text
-
-
-def formula_value(text: str) -> Fraction | float | complex:
-    """The value, exact if no root is in it; letters and words stand for fixed, odd fractions."""
-    for signs in ("+-", "*/", "^", "&"):  # the weakest first
-        parts = split_outside(text, signs)
-        if len(parts) > 1:
-            left, right = formula_value("".join(parts[:-2]) or "0"), formula_value(parts[-1])
-            if signs == "^" and len(str(left)) * abs(right) > 6000:
-                raise OverflowError
-            return OPERATIONS[parts[-2]](left, right)
-    if text[0] + text[-1] == "()":
-        return formula_value(text[1:-1])
-    if re.fullmatch(r'[^\W\d_](?:_\w+)?|"[^"]+"', text):
-        return Fraction(int.from_bytes(text.encode(), "big") * 7919 % 99991 + 2, 10007)
-    return Fraction(re.fullmatch(r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?", text)[0])
+def made_up(*parts):
+    """A number that stands for a letter, or for a tuple: other parts, another number."""
+    texts = [f"{part:.12g}, {part:.6f}" if isinstance(part, float) else str(part) for part in parts]
+    digits = hashlib.shake_128(repr(texts).encode()).hexdigest(4)
+    return 1 + Fraction(int(digits, 16), 2**32)
 
 
 # ---- Models that would be trained wrongly are refused --------------------------------------------
-def check_weights(model, loading, name):
-    """Refuses what is missing, quantised (in whole numbers, or with scales beside it) or frozen,
-    such as an adapter's base. Raises UserError."""
-    doubtful = [*loading["missing_keys"]]
-    doubtful += [key for key in loading["unexpected_keys"] if "scale" in key]
+def check_weights(model, missing_keys, unexpected_keys, **_):
+    """Refuses weights that are missing, frozen or quantised. Raises UserError."""
+    wrong = [*missing_keys] + [key for key in unexpected_keys if "scale" in key]
     for key, weight in model.named_parameters():
-        if weight.dtype != torch.float32 or not weight.requires_grad:
-            doubtful.append(key)
-    if doubtful:
-        raise UserError(f"{name}: {sorted(doubtful)[0]} is missing, quantised or frozen; give a "
-                        "model with all its plain weights")
+        wrong += [key] * (weight.dtype != torch.float32 or not weight.requires_grad)
+    require(not wrong, f"missing, frozen (an adapter?) or quantised: {sorted(wrong)[:3]}")
 
 
 def check_model(model, name, longest):
-    """Compares greedy sampling and response_logprobs with plain passes, up to the longest text, so
-    that scaled logits, recurrence and the like show up. Raises UserError."""
+    """Compares greedy sampling and response_logprobs with plain passes, up to the longest text:
+    scaled logits, recurrence and the like show up. Raises UserError."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
     with blame(f"{name}: cannot be trained so; Llama and Qwen models can"), torch.no_grad():
-        if longest > limit:
-            raise ValueError(f"{limit} positions, texts of {longest}: lower --max_new_tokens")
+        require(longest <= limit, f"{limit} positions, texts of {longest}: lower --max_new_tokens")
         size = model.get_input_embeddings().num_embeddings
         tokens = random.Random(0).choices(range(size), k=max(longest, 5))
         prompts = [tokens[:3], tokens[:3], tokens[4:]]  # shared by two, and as long as may be
@@ -1115,14 +1080,13 @@ def check_model(model, name, longest):
             ids = torch.tensor([prompt + response], device=model.device)
             plain = model(ids, logits_to_keep=5).logits[0, :-1].log_softmax(-1)
             error = (ours - plain.amax(-1)).abs().max().item()  # greedy: the best are the sampled
-            if not error < 1e-3:
-                raise ValueError(f"log-probs of sampled tokens are wrong by {error:.2g}")
+            require(error < 1e-3, f"log-probs of sampled tokens are wrong by {error:.2g}")
 
 
 # ---- Run folders ---------------------------------------------------------------------------------
-# Settings that only move rounding, memory or files: they may change while a run is under way.
+# Settings that move rounding, memory or files only: they may change while a run is under way. Those
+# of phases to come may too: collection, and what has a --pool, check them.
 FREE = {"out", "device", "threads", "sample_rows", "micro_tokens", "save_every", "data", "eval_data"}
-# Those of phases to come may too; the phases that use them (all have --pool but collection) check.
 LATER = {"collect_k", "collect_temperature", "collect_top_p", "replays"}
 RESULTS = {"base", "vanilla", "metrics.jsonl", "collected.jsonl"}
 
@@ -1130,24 +1094,21 @@ RESULTS = {"base", "vanilla", "metrics.jsonl", "collected.jsonl"}
 def open_folder(command, config, problems):
     """Makes a run's folder, or goes on with it; returns its summary, {} if it is unfinished. Raises
     UserError if it holds anything else, or results with other settings."""
-    out = Path(config.out)
-    golds = [(problem, problem.gold) for problem in problems]
+    out, golds = Path(config.out), [(problem, problem.gold) for problem in problems]
     settings = {"command": command, **asdict(config), "problems": seed_of(golds)}
     out.mkdir(parents=True, exist_ok=True)
     found = {file.name for file in out.iterdir()} - {"lock", "config.json.partial"}
     old = saved_row(out / "config.json")
-    if found and set(old) != set(settings):
-        raise UserError(f"{out}: holds something else than a run; give another --out")
-    lock = os.open(out / "lock", os.O_CREAT | os.O_RDWR)  # never closed: held until the end
-    try:
+    ours = not found or set(old) == set(settings)
+    require(ours, f"{out}: holds something else than a run; give another --out")
+    with blame(f"{out}: another run is using it, or it cannot be locked; give another --out"):
+        lock = os.open(out / "lock", os.O_CREAT | os.O_RDWR)  # never closed: held until the end
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{out}: another run is using it; wait, or give another --out") from None
     free = FREE if config.pool or command == "collect" else FREE | LATER
-    for name, value in settings.items():
-        if found & RESULTS and name not in free and value != old[name]:
-            was = "other problems" if name == "problems" else f"--{name} {old[name]}"
-            raise UserError(f"{out}: was run with {was}; give another --out")
+    changed = [f"--{name}" for name, value in settings.items()
+               if name not in free and value != old.get(name)]
+    same = not changed or not found & RESULTS
+    require(same, f"{out}: was run with another {' '.join(changed)}; give another --out")
     write_rows(out / "config.json", [settings])
     summary = saved_row(out / "summary.json")
     print(f"{out}: {'is finished' if summary else 'is under way'}")
@@ -1157,7 +1118,7 @@ def open_folder(command, config, problems):
 @contextmanager
 def written_whole(path):
     """Gives a path to write to, which then replaces path: a crash leaves nothing half written."""
-    path, unfinished = Path(path), Path(f"{path}.partial")
+    unfinished = Path(f"{path}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)  # a folder
     unfinished.unlink(missing_ok=True)  # a file
     with blame(f"{unfinished}: not written; make room"):
@@ -1174,21 +1135,7 @@ def write_rows(path, rows):
 
 def saved_row(path):
     """The first row of a file that write_rows wrote, {} without one. Raises UserError if damaged."""
-    if path.exists():
-        for _, row in read_rows(path):
-            return row
-    return {}
-
-
-def load_checkpoint(path, policy, optimizer):
-    """Goes on from a checkpoint, if there is one; returns the metrics of the steps up to it."""
-    if not path.exists():
-        return []
-    with blame(f"{path}: damaged; delete {path.parent}"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        policy.model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["adam"])
-        return [{**row} for row in state["rows"]]
+    return next((row for _, row in read_rows(path)), {}) if path.exists() else {}
 
 
 # ---- The picture ---------------------------------------------------------------------------------
@@ -1196,98 +1143,73 @@ def plot(runs, out):
     """Draws the curves of finished runs into OUT/curves.png, and prints their last figures. A
     folder of `run` counts as its two arms. Raises UserError."""
     from matplotlib.figure import Figure  # here, since nothing else needs it
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axis = figure.subplots()
+    axis = Figure(figsize=(8, 4), layout="constrained").subplots()
     for path in runs:
         for arm in [path / "vanilla", path / "rlep"] if (path / "rlep").exists() else [path]:
             with blame(f"{arm}: no finished run of train; finish it, or leave it out"):
                 summary = saved_row(arm / "summary.json")
-                label = f"{summary['arm']} ({arm})"
-                steps, accuracies = zip(*summary["curve"])
-                axis.plot(steps, [100 * share for share in accuracies], ".-", label=label)
-                print(f"{label}, step {summary['step']}: mean@k {summary['mean_at_k']:.1%}, "
-                      f"pass@k {summary['pass_at_k']:.1%}")
-    axis.set(xlabel="step", ylabel="held-out accuracy, mean@k (%)")
-    figure.legend(loc="outside upper center")
+                steps, shares = zip(*summary["curve"])
+                axis.plot(steps, shares, ".-", label=f"{summary['arm']} ({arm})")
+                print(f"{summary['arm']} ({arm}), step {steps[-1]}: mean@k {shares[-1]:.1%}")
+    axis.set(xlabel="step", ylabel="held-out accuracy, mean@k")
+    axis.legend()
     out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / "curves.png", dpi=120)
+    axis.figure.savefig(out / "curves.png", dpi=120)
 
 
 # ---- The command line ----------------------------------------------------------------------------
 MAY_BE_ZERO = {"seed", "bf16", "threads", "train_size", "replays", "lr_warmup_steps", "clip_low",
-               "clip_high", "dual_clip", "overlong_buffer", "micro_tokens"}
+               "clip_high", "dual_clip", "overlong_buffer"}
 
 
 def parse(argv):
-    """The command, the folders to plot, the settings; a bad flag ends with one line, status 2."""
-    parser = argparse.ArgumentParser("rlep.py", argparse.SUPPRESS, __doc__, allow_abbrev=False,
+    """The command, the folders to plot, the settings. Raises UserError for settings that the method
+    or the command cannot mean; a bad flag ends with one line and status 2."""
+    text = f"{__doc__}\n{inspect.getsource(Config)}"  # the flags' help are the comments there
+    parser = argparse.ArgumentParser("rlep.py", argparse.SUPPRESS, text, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", default="run",
-                        choices=["run", "train", "collect", "eval", "plot"])
+    commands = ["run", "train", "collect", "eval", "plot"]
+    parser.add_argument("command", nargs="?", default="run", choices=commands)
     parser.add_argument("runs", nargs="*", type=Path, help="for plot: folders of finished runs")
-    source = Path(__file__).read_text(encoding="utf-8")
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.M))  # those of Config
     for flag in fields(Config):
-        parser.add_argument(f"--{flag.name}", type=flag.type, default=flag.default,
-                            metavar="VALUE", help=f"{comments[flag.name]} [{flag.default}]")
-    values = vars(parser.parse_intermixed_args(argv))
-    command, runs = values.pop("command"), values.pop("runs")
-    config = Config(**values)
-    complaint = check_settings(command, runs, config)
-    if complaint:
-        parser.error(complaint)
-    return command, runs, fill_in(command, config)
-
-
-def check_settings(command, runs, config):
-    """What the method or the command cannot mean, as a line; None if there is nothing."""
+        words = {"type": flag.type, "default": flag.default, "help": argparse.SUPPRESS}
+        parser.add_argument(f"--{flag.name}", **words)
+    given = vars(parser.parse_intermixed_args(argv))
+    command, runs, config = given.pop("command"), given.pop("runs"), Config(**given)
     for name, value in asdict(config).items():
         zero = name in MAY_BE_ZERO or (command, name) == ("eval", "temperature")  # 0: greedy
-        automatic = (name, value) == ("bf16", -1)
-        if not (isinstance(value, str) or 0 < value < 1e12 or value == 0 and zero or automatic):
-            return f"--{name} {value}: must be above 0{', or 0' * zero}"
-    if 0 < config.dual_clip <= 1:
-        return f"--dual_clip {config.dual_clip}: must be above 1, or 0"
-    if config.overlong_buffer > config.max_new_tokens:
-        return "--overlong_buffer: must not be above --max_new_tokens"
-    if config.pool and (command != "train" or config.replays == 0):
-        return "--pool: is for train, with --replays above 0"
-    if command in ("collect", "eval") and not config.model:
-        return f"{command}: needs --model, the policy to ask"
-    return "only plot takes folders, of finished runs" if bool(runs) != (command == "plot") else None
-
-
-def fill_in(command, config):
-    """The configuration with what was left open."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    device = config.device or str(found or "cpu")
+        good = isinstance(value, str) or 0 < value < 1e12 or value == 0 and zero
+        require(good, f"--{name} {value}: must be above 0{', or 0' * zero}")
+    require(config.dual_clip == 0 or config.dual_clip > 1, "--dual_clip: must be above 1, or 0")
+    require(config.overlong_buffer <= config.max_new_tokens, "--overlong_buffer: is too long")
+    replays = command == "train" and config.replays > 0
+    require(not config.pool or replays, "--pool: is for train, with --replays above 0")
+    require(config.model or command in ("run", "train", "plot"), f"{command}: needs a --model")
+    require(bool(runs) == (command == "plot"), "only plot takes folders, of finished runs")
+    if command != "run" and not config.pool:
+        config.replays = 0
     names = [Path(path).name for path in (config.model, config.data, config.pool) if path]
-    return replace(
-        config, device=device,
-        bf16=int(device.startswith("cuda")) if config.bf16 < 0 else config.bf16,
-        micro_tokens=config.micro_tokens or (2048 if device == "cpu" else 4096),
-        replays=0 if command == "train" and not config.pool else config.replays,
-        out=config.out or f"runs/{'-'.join([command, *names])}-seed{config.seed}")
+    config.out = config.out or f"runs/{'-'.join([command, *names])}-seed{config.seed}"
+    return command, runs, config
 
 
 def main(argv=None):
     """Runs a command. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
     transformers.utils.logging.disable_progress_bar()
-    command, runs, config = parse(argv)
-    torch.set_num_threads(config.threads or torch.get_num_threads())
     try:
-        if command == "plot":
-            plot(runs, Path(config.out))
-            return 0
-        problems, held_out = load_problems(config)
+        command, runs, config = parse(argv)
+        torch.set_num_threads(config.threads or torch.get_num_threads())
+        problems, held_out = load_problems(config) if command != "plot" else ([], [])
         if command == "run":
             run(config, problems, held_out)
         elif command == "train":
             train(config, problems, held_out)
         elif command == "collect":
             collect(config, problems)
-        else:
+        elif command == "eval":
             evaluate(Policy(config, held_out), held_out, config, config.model)
+        else:
+            plot(runs, Path(config.out))
         return 0
     except (UserError, OSError, ImportError) as error:
         message, status = "error: " + " ".join(str(error).split()), 2

@@ -285,7 +285,7 @@ def test_eq4_update_equals_a_slow_loop(kind, vocabulary, changes, policy, monkey
     monkeypatch.setattr(policy, "logprobs", lambda some, t: batches.append(some) or real(some, t))
     config = settings("", temperature=0.8, clip_low=0.1, clip_high=0.4, dual_clip=2.5)
     assert gradient.norm() > 2
-    for config.micro_tokens, number in ((1, 7), (40, 3), (70, 2), (1000, 1)):
+    for config.micro_tokens, number in ((1, 7), (40, 3), (60, 2), (1000, 1)):
         batches.clear()
         stats = rlep.update_policy(policy, optimizer, answers, config, 0.0)
         assert (kept[-1] - gradient / gradient.norm()).norm() < 1e-4  # its norm is scaled to 1
@@ -296,21 +296,23 @@ def test_eq4_update_equals_a_slow_loop(kind, vocabulary, changes, policy, monkey
         assert sorted(ids) == sorted(id(a) for a in answers if a.advantage)  # each once, no others
         assert len(batches) == number
         for batch in batches:
-            assert len(batch) == 1 or rlep.padded_tokens(batch) <= config.micro_tokens
+            padded = len(batch) * max(len(a.prompt) + len(a.response) for a in batch)
+            assert len(batch) == 1 or padded <= config.micro_tokens
     answers[0].old_logprobs[0] = math.nan  # and no step is taken
     assert rlep.update_policy(policy, optimizer, answers, config, 0.0) == {"skipped": 1}
     assert len(kept) == 4
 
 
 def test_micro_batches():
-    """Tokens are counted as the model reads them: each prompt once, padded, and padded responses;
-    answers to one prompt stay together."""
+    """Padded tokens are counted; answers to one prompt stay together, of like length beside each
+    other; those without gradient are left out."""
     one, other = [1] * 5, [2] * 9
-    assert rlep.padded_tokens([Answer(one, [0] * 3), Answer(other, [0]), Answer(one, [0])]) == 27
-    answers = [Answer([one, other][i % 2], [0] * (1 + i % 4)) for i in range(8)]
-    batches = rlep.micro_batches(answers, 21)
-    assert [len(batch) for batch in batches] == [4, 3, 1]  # 5 + 4 * 3; 9 + 3 * 4 and not 9 + 4 * 4
-    assert all(len({tuple(answer.prompt) for answer in batch}) == 1 for batch in batches)
+    answers = [Answer([one, other][i % 2], [0] * (1 + i % 4), advantage=1.0) for i in range(8)]
+    answers.append(Answer(one, [0]))
+    batches = rlep.micro_batches(answers, 24)
+    lengths = [[(len(a.prompt), len(a.response)) for a in batch] for batch in batches]
+    assert lengths == [[(5, 1), (5, 1), (5, 3)], [(5, 3), (9, 2)], [(9, 2)], [(9, 4)], [(9, 4)]]
+    assert [len(batch) for batch in rlep.micro_batches(answers, 1000)] == [8]
 
 
 def test_overlong_penalty():
@@ -360,7 +362,7 @@ def test_replays(policy, tmp_path, capsys):
     config.max_new_tokens = 5  # with the end token: \boxed{, 5, } and <eos> are 4
     pool = rlep.load_replays(policy, problems, config)
     assert pool.answers == {problems[0]: ["\\boxed{5}", "1\\boxed{5}"], problems[1]: ["\\boxed{2}"]}
-    assert "3 of 5 correct answers serve, to 2 of 2 questions" in capsys.readouterr().out
+    assert f"{path}: 3 of 5 answers serve" in capsys.readouterr().out
 
 
 def test_your_own_reward(policy, data, finished, tmp_path, monkeypatch):
@@ -716,10 +718,11 @@ def test_metrics_without_gradient_are_null(policy, two_problems, monkeypatch):
     monkeypatch.setattr(rlep, "score", lambda problem, text: -1.0)
     row = rlep.train_step(policy, optimizer, problems, ExperiencePool(), step_config(), 1)
     assert row["entropy"] is None and row["zero_variance"] == 1 and row["grad_norm"] == 0
-    metrics = rlep.update_metrics([{"skipped": 1}, {"skipped": 1}])
-    assert metrics == dict.fromkeys(["loss", "clip_low", "clip_high", "grad_norm"]) | {"skipped": 1}
-    some = dict(loss=2.0, clip_low=0.5, clip_high=0.0, grad_norm=3.0, skipped=0)
-    assert rlep.update_metrics([some, {"skipped": 1}]) == some | {"skipped": 0.5}
+    some, groups = dict(loss=2.0, clip_low=0.5, clip_high=0.0, grad_norm=3.0, skipped=0), [mini_batch()]
+    for updates, expected in (([{"skipped": 1}] * 2, dict.fromkeys(some) | {"skipped": 1}),
+                              ([some, {"skipped": 1}], some | {"skipped": 0.5})):
+        metrics = rlep.metrics_of(groups, updates, step_config())
+        assert {name: metrics[name] for name in some} == expected
 
 
 def test_questions_of_a_step():
@@ -880,14 +883,13 @@ def test_plot(finished, trained, tmp_path, capsys, error):
     lines = capsys.readouterr().out.splitlines()
     for line, folder in zip(lines, (finished / "vanilla", finished / "rlep", trained), strict=True):
         summary = object_of(folder / "summary.json")
-        assert line.startswith(f"{summary['arm']} ({folder}), step 6: mean@k "
-                               f"{summary['mean_at_k']:.1%}, pass@k {summary['pass_at_k']:.1%}")
+        assert line == f"{summary['arm']} ({folder}), step 6: mean@k {summary['mean_at_k']:.1%}"
     assert (tmp_path / "picture/curves.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path) in error(["plot", tmp_path])
 
 
 # ---- Data files ----------------------------------------------------------------------------------
-def test_problems_of_files(tmp_path, capsys):
+def test_problems_of_files(tmp_path):
     """Rows as published; the same if chat and question are, and then the first counts."""
     for row, question, gold in (
             ({"question": "Sum?", "answer": "\\boxed{1}?<<6*7=42>>42\n#### 42"}, "Sum?\nBOX", "42"),
@@ -913,7 +915,6 @@ def test_problems_of_files(tmp_path, capsys):
     assert problems == [Problem("a", ""), Problem("a", "", (("system", "s"),)), Problem("c", "")]
     assert held_out == [Problem("b", "")]  # what is held out is not trained on
     assert [problem.gold for problem in problems + held_out] == ["1", "2", "5", "4"]
-    assert f"{train}: 1 row" in capsys.readouterr().out
     assert len(rlep.load_problems(Config(eval_data=test))[0]) == 512
     write_rows(tmp_path / "a", [{"question": f"{i % 30}", "answer": i} for i in range(40)])
     problems, held_out = rlep.load_problems(Config(data=train, eval_size=8, train_size=15))
@@ -956,59 +957,93 @@ def test_what_the_base_is_taught(tiny, tmp_path, monkeypatch):
             assert answer.advantage == config.temperature == 1 and begun != (text[0] in "W\\")
 
     monkeypatch.setattr(rlep, "update_policy", update)
-    rlep.make_base(settings("", warmup_steps=150, temperature=0.5), tmp_path)
-    assert taught[True, False] == 7200 and not taught[True, True]
+    rlep.make_base(settings("", warmup_steps=300, temperature=0.5), tmp_path)
+    assert taught[True, False] == 3600 * 2 and not taught[True, True]
     assert taught[False, False] == sum(works.values()) < 0.03 * 2400
     assert works[2] > 2 * works[3] > 2 * works[4]
 
 
 # ---- The verifier --------------------------------------------------------------------------------
-# Pairs of answers that are equal, and that are not, whichever of the two is the gold answer
-SAME = r"""
-8{,}125 ~ 8125  ;; 8\,125\,000 ~ 8125000  ;; 8,\!125 ~ 8125  ;; 9,999.50 ~ 9999.5  ;; 36\% ~ 36
-17 ~ 17  ;; \frac{3}{8} ~ 0.375  ;; \dfrac{5}{4} ~ 1.25  ;; \tfrac25 ~ 2/5
-4\frac{1}{3} ~ \frac{13}{3}  ;; 2\frac35 ~ 2.6  ;; -1\frac{1}{8} ~ -\frac98  ;; 8,125 ~ 8125
-36\text{ percent} ~ 36\%  ;; 1，3 ~ 1,3  ;; 50％ ~ 50\%  ;; \$45 ~ 45  ;; \$4,500 ~ 4500
-7\ \text{km/h} ~ 7  ;; 1\text{ hour} ~ 1\text{ hours}  ;; 75^\circ ~ 75  ;; 75^{\circ} ~ 75°
-\frac{1}{\sqrt{5}} ~ \frac{\sqrt5}{5}  ;; \sqrt[3]{6} ~ 6^{1/3}  ;; 2+\sqrt{7} ~ \sqrt7+2
-７ ~ 7  ;; −31 ~ -31  ;; 3x+5 ~ 5+3x  ;; n(n-1) ~ n^2-n  ;; (x+4)^2 ~ x^2+8x+16
-2 \sin b ~ 2\sin{b}  ;; (4,-1) ~ \left( 4, -1 \right)  ;; (x,y)=(4,-1) ~ (4,-1)
-(0.5,3) ~ (\frac12,3)  ;; (1,2),(3,4) ~ (3,4),(1,2)  ;; [3,8) ~ [3, 8)
-(-\infty,\frac12] ~ (-\infty,0.5]  ;; (1,\infty)\cup(-3,0) ~ (-3,0)\cup (1,\infty)
-\left\{\frac12, 4\right\} ~ \{4, 0.5\}  ;; \pm 6 ~ 6,-6  ;; x=\pm 6 ~ -6,6
-2\pm\sqrt3 ~ 2-\sqrt{3}, 2+\sqrt{3}  ;; 4 \text{ or } 9 ~ 9,4  ;; 4, 6, \text{ and } 9 ~ 9,6,4
-\begin{pmatrix}1\\-4\end{pmatrix} ~ \begin{pmatrix} 1.0 \\ -4 \end{pmatrix}
-\text{Tuesday} ~ Tuesday  ;; \text{EVEN} ~ even  ;; \text{no} ~ no  ;; \text{(B)} ~ B
-(D) ~ \textbf{D}  ;; 312_{5} ~ 312_5  ;; 2^{10000} ~ 2^{10000}  ;; 7:30 ~ 7 : 30
-""".replace("\n", "  ;; ").strip(" ;").split("  ;; ")
-DIFFERENT = r"""
-5\text{ at most} ~ 5  ;; 5\text{ below zero} ~ 5  ;; 5\text{ tenths} ~ 5  ;; 5\text{ million} ~ 5
-17 ~ 71  ;; 5\ 6 ~ 56  ;; 5 6 ~ 30  ;; \infty-\infty ~ 0  ;; CAB ~ ACB  ;; on ~ no
-5\text{ dozen} ~ 5  ;; 5\text{ over 7} ~ 5  ;; 5... ~ 5
-\sqrt{10^{40}+1} ~ 10^{20}  ;; 10^{15}+1 ~ 10^{15}+\sqrt2  ;; 0.33 ~ \frac13  ;; 3.14 ~ \pi
-26\text{ cm} ~ 26\text{ km}  ;; \$18 ~ 18\text{ cents}  ;; 12^2\text{ cm} ~ 12
-3\cdot\frac12 ~ 3\frac12  ;; 2^3 ~ 23  ;; 2³ ~ 23  ;; ^{1}2 ~ 12  ;; \frac{1}{2} ~ \frac{2}{1}
-2\sqrt3 ~ \sqrt{23}  ;; \sqrt{4+9} ~ \sqrt4+\sqrt9  ;; 6x ~ 6  ;; 6xyz ~ 6  ;; x=5y ~ 5
-(1,2) ~ [1,2]  ;; (1,2,3) ~ (1,2)  ;; [2,5) ~ [2,5]  ;; x\le 4 ~ x\ge 4  ;; 3,3 ~ 3,-3
-\begin{pmatrix}1&2\\3&4\end{pmatrix} ~ \begin{pmatrix}1&2&3&4\end{pmatrix}  ;; 12\\13 ~ 12
-\text{not }12 ~ 12  ;; 3:4 ~ 3.4  ;; \frac50 ~ 0  ;; 5- ~ 5  ;; __import__('os') ~ 1
-""".replace("\n", "  ;; ").strip(" ;").split("  ;; ")
+SAME = [  # whichever of the two is the gold answer: numbers, units, formulas, lists and tuples, words
+    ("8{,}125", "8125"), (r"8\,125\,000", "8125000"), (r"8,\!125", "8125"), ("9,999.50", "9999.5"),
+    (r"36\%", "36"), ("17", "17"), (r"\frac{3}{8}", "0.375"), (r"\dfrac{5}{4}", "1.25"),
+    (r"\tfrac25", "2/5"), (r"4\frac{1}{3}", r"\frac{13}{3}"), (r"2\frac35", "2.6"),
+    (r"-1\frac{1}{8}", r"-\frac98"), ("8,125", "8125"), (r"36\text{ percent}", r"36\%"),
+    ("1，3", "1,3"), ("50％", r"50\%"), (r"\$45", "45"), (r"\$4,500", "4500"),
+    (r"7\ \text{km/h}", "7"), (r"1\text{ hour}", r"1\text{ hours}"), (r"75^\circ", "75"),
+    (r"75^{\circ}", "75°"), (r"\frac{1}{\sqrt{5}}", r"\frac{\sqrt5}{5}"),
+    (r"\sqrt[3]{6}", "6^{1/3}"), (r"2+\sqrt{7}", r"\sqrt7+2"), ("７", "7"), ("−31", "-31"),
+    ("3x+5", "5+3x"), ("n(n-1)", "n^2-n"), (r"2 \sin b", r"2\sin{b}"),
+    ("(4,-1)", r"\left( 4, -1 \right)"), ("(x,y)=(4,-1)", "(4,-1)"), ("(0.5,3)", r"(\frac12,3)"),
+    ("(1,2),(3,4)", "(3,4),(1,2)"), ("[3,8)", "[3, 8)"), (r"(-\infty,\frac12]", r"(-\infty,0.5]"),
+    (r"(1,\infty)\cup(-3,0)", r"(-3,0)\cup (1,\infty)"),
+    (r"\left\{\frac12, 4\right\}", r"\{4, 0.5\}"), (r"\pm 6", "6,-6"), (r"x=\pm 6", "-6,6"),
+    (r"2\pm\sqrt3", r"2-\sqrt{3}, 2+\sqrt{3}"), (r"4 \text{ or } 9", "9,4"),
+    (r"4, 6, \text{ and } 9", "9,6,4"),
+    (r"\begin{pmatrix}1\\-4\end{pmatrix}", r"\begin{pmatrix} 1.0 \\ -4 \end{pmatrix}"),
+    (r"\text{Tuesday}", "Tuesday"), (r"\text{EVEN}", "even"), (r"\text{no}", "no"),
+    (r"\text{(B)}", "B"), ("(D)", r"\textbf{D}"), ("312_{5}", "312_5"), ("2^{10000}", "2^{10000}"),
+    ("7:30", "7 : 30")]
+DIFFERENT = [  # whichever of the two is the gold answer
+    (r"5\text{ at most}", "5"), (r"5\text{ below zero}", "5"), (r"5\text{ tenths}", "5"),
+    (r"5\text{ million}", "5"), ("17", "71"), (r"5\ 6", "56"), ("5 6", "30"),
+    (r"\infty-\infty", "0"), ("CAB", "ACB"), ("on", "no"), (r"5\text{ dozen}", "5"),
+    (r"5\text{ over 7}", "5"), ("5...", "5"), (r"\sqrt{10^{40}+1}", "10^{20}"),
+    ("10^{15}+1", r"10^{15}+\sqrt2"), ("0.33", r"\frac13"), ("3.14", r"\pi"),
+    (r"26\text{ cm}", r"26\text{ km}"), (r"\$18", r"18\text{ cents}"), (r"12^2\text{ cm}", "12"),
+    (r"3\cdot\frac12", r"3\frac12"), ("2^3", "23"), ("2³", "23"), ("^{1}2", "12"),
+    (r"\frac{1}{2}", r"\frac{2}{1}"), (r"2\sqrt3", r"\sqrt{23}"),
+    (r"\sqrt{4+9}", r"\sqrt4+\sqrt9"), ("6x", "6"), ("6xyz", "6"), ("x=5y", "5"),
+    ("(1,2)", "[1,2]"), ("(1,2,3)", "(1,2)"), ("[2,5)", "[2,5]"), (r"x\le 4", r"x\ge 4"),
+    ("3,3", "3,-3"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2&3&4\end{pmatrix}"),
+    (r"12\\13", "12"), (r"\text{not }12", "12"), ("3:4", "3.4"), (r"\frac50", "0"), ("5-", "5"),
+    ("__import__('os')", "1")]
 
 
-@pytest.mark.parametrize("pair, equal", [(p, True) for p in SAME] + [(p, False) for p in DIFFERENT])
-def test_pairs_in_both_directions(pair, equal):
-    left, right = pair.split(" ~ ")
+@pytest.mark.parametrize("left, right, equal", [(*pair, True) for pair in SAME]
+                         + [(*pair, False) for pair in DIFFERENT])
+def test_pairs_in_both_directions(left, right, equal):
     assert verify(rf"Hence it is $\boxed{{{left}}}$, as claimed.", right) is equal
     assert verify(rf"Hence it is $\boxed{{{right}}}$, as claimed.", left) is equal
 
 
-@pytest.mark.parametrize("answer, gold", [
+RESTATED = [  # still to be worked out, against the gold
     ("6+0", "6"), ("7-1", "6"), ("19^2 + 2(19) + 1", "400"), (r"99\times 99", "9801"),
     ("x=2+3", "5"), ("(2x-5)(x+7)-(x+5)(2x-1)", "-30"), (r"\frac12-\frac13", r"\frac16"),
-    (r"\sqrt{8}\times\sqrt{50}", "20"), ("55^2 - 45^2", "1000"), ("139+27+23+11", "200")])
+    (r"\sqrt{8}\times\sqrt{50}", "20"), ("55^2 - 45^2", "1000"), ("139+27+23+11", "200"),
+    (r"(9+8)\text{ cm}", r"17\text{ cm}"), ("x=60-18", "x=42"), (r"6\cdot7\%", r"42\%"),
+    ("6+7, 8+9", "13, 17"), ("(0,3+4]", "(0,7]"), ("(-6)(-7)", "42"), (".5 + .25", "0.75"),
+    (r"84 \div 2", "42"), ("-(-42)", "42"), (r"(6+7)\pi", r"13\pi"), ("-5 + -3", "-8"),
+    ("60 - -18", "78"), ("1000/8/5", "25"), (r"\frac{84}{2}", "42")]
+
+
+@pytest.mark.parametrize("answer, gold", RESTATED)
 def test_an_answer_still_to_be_worked_out_is_wrong(answer, gold):
     assert verify(rf"\boxed{{{answer}}}", gold) is False
     assert verify(rf"\boxed{{{gold}}}", gold) is True
+
+
+RIGHT = [  # the boxed answer, against the gold
+    (r"17\text{ cm}", r"17\text{ cm}"), (r"3 \times 10^{8}", "3e8"), (r"\frac{6}{4}", r"\frac32"),
+    (r"\frac{\sqrt8}{2}", r"\sqrt2"), ("a^2-b^2", "(a-b)(a+b)"), ("f(x)=x+1", "x+1"),
+    ("y=4,x=3", "x=3,y=4"), (r"8\text{ apples}", "8"), (r"12\text{ cm²}", "12"), ("60 km/h", "60"),
+    (r"5\,678", "5678"), (r"\mathbf{(3,4)}", "(3,4)"), ("C. 12", "C"), ("‑5", "-5")]
+WRONG = [  # letters, names, words, functions
+    ("m-n", "a-b"), ("2y", "x+z"), ("x>=5", "5"), ("|x|=5", "5"), (r"\log x=5", "5"),
+    ("0", "x-y=0"), ("z", "x+y=z"), ("x=3,y=4", "x=4,y=3"), (r"5\text{ times two}", "5"),
+    (r"5\text{ tens}", "5"), (r"5\text{k}", "5"), (r"5\mathrm{e}", "5"),
+    (r"\$8", r"8\text{ cents}"), ("f(g(x))", "g(f(x))"), ("ln(6)", "2ln(3)"),
+    (r"\Delta", r"\delta"), (r"5\quad678", "5678"), ("x<=5", "5"), ("x!=5", "5"), (r"\not=5", "5"),
+    ("b+c", "a+d"), (r"5\text{ lakh}", "5"), (r"5\text{ pi}", "5"), (r"5\text{ is wrong}", "5"),
+    (r"5\text{ perhaps six}", "5")]
+
+
+@pytest.mark.parametrize("answer, gold, equal", [(*pair, True) for pair in RIGHT]
+                         + [(*pair, False) for pair in WRONG])
+def test_reported_answers(answer, gold, equal):
+    """Kinds that were reported of other checkers, or that a policy could exploit."""
+    assert verify(rf"So the answer is $\boxed{{{answer}}}$.", gold) is equal
 
 
 @pytest.mark.parametrize("response, gold, expected", [
@@ -1023,7 +1058,14 @@ def test_an_answer_still_to_be_worked_out_is_wrong(answer, gold):
     (r"The answer is $(1,\infty)\cup (-3,0)$.", r"(-3,0)\cup(1,\infty)", True), ("4", "", False),
     ("<answer>4</answer>", "4", True), ("### Answer\n\n$4$", "4", True), (r"\boxed{}", "", False),
     (r"\boxed{42}", "6*7=42\n#### 42", True), (r"\boxed{42}", r"so \boxed{42}.", True),
-    (r"\boxed{4}", "  ", False), (None, "4", False), (r"\boxed{4}", None, False), (4, "4", False)])
+    (r"\boxed{4}", "  ", False), (None, "4", False), (r"\boxed{4}", None, False), (4, "4", False),
+    ("Answer: 5; alternatively 6", "5", False), ("Answer: 5 as well as 6", "5", False),
+    ("The answer is 5 apples (or 6, or 7)", "5", False), (r"It is 5 or \boxed{6}.", "6", False),
+    (r"\boxed{5 \boxed{6}}", "6", False), (r"\boxed{2}-\boxed{3}", "2,3", False),
+    (r"\boxed{5} and \boxed{6}", "6,5", True), ("Answer:\n\\[\n19\n\\]", "19", True),
+    ("The answer is 72, in total", "72", True), ("### Final Answer\n\n72", "72", True),
+    (r"\boxed{5}" + " and so on" * 1500, "5", True), (r"\boxed\frac{9}{7}", r"\frac97", True),
+    ("Answer: 5\n\n#### Verification\n2+3=5", "5", True)])
 def test_extraction(response, gold, expected):
     assert verify(response, gold) is expected
 
@@ -1042,6 +1084,17 @@ def test_hostile_input_is_false_fast_and_never_raises(text):
         assert time.perf_counter() - start < 1
 
 
+@pytest.mark.parametrize("piece", ["-", "(", "1+", "x", "{", "\\frac", "\\boxed{", "5 or ", "Answer: "])
+def test_time_is_linear(piece):
+    """Ten times the text takes at most about ten times as long, here a hundred."""
+    seconds = []
+    for number in (900, 9000):
+        start = time.perf_counter()
+        verify(rf"\boxed{{{piece * (number // len(piece))}}}", "5")
+        seconds.append(time.perf_counter() - start)
+    assert seconds[0] < 0.1 and seconds[1] < 1
+
+
 # ---- Models that would be trained wrongly are refused --------------------------------------------
 @pytest.mark.parametrize("kind, settings", [
     ("granite", BASE | dict(logits_scaling=4.0)), ("cohere", BASE | dict(logit_scale=0.25)),
@@ -1057,22 +1110,20 @@ def test_weights_that_are_not_what_they_seem(tiny, tmp_path):
     """Missing, frozen, in whole numbers or with scales beside them: refused, also under -O."""
     folder = shutil.copytree(tiny, tmp_path / "model")
     AutoConfig.from_pretrained(tiny, num_hidden_layers=4).save_pretrained(folder)
-    with pytest.raises(UserError, match=r"layers\.3\..* is missing"):
+    with pytest.raises(UserError, match=r"missing.*layers\.3\."):
         load(folder)
     script = f"import rlep; rlep.Policy(rlep.Config(model={str(folder)!r}, device='cpu', bf16=0), [])"
     ended = subprocess.run([sys.executable, "-O", "-c", script], cwd=HERE, capture_output=True, text=True)
-    assert "is missing" in ended.stderr and ended.returncode == 1
+    assert "missing" in ended.stderr and ended.returncode == 1
     model, loading = make_model(), {"missing_keys": [], "unexpected_keys": ["rotary.inv_freq"]}
-    rlep.check_weights(model, loading, "name")
-    loading["unexpected_keys"].append("layers.0.weight_scale")
+    rlep.check_weights(model, **loading)
     with pytest.raises(UserError, match="weight_scale"):
-        rlep.check_weights(model, loading, "name")
-    loading["unexpected_keys"].clear()
+        rlep.check_weights(model, [], ["layers.0.weight_scale"])
     for change in (lambda w: w.requires_grad_(False), lambda w: setattr(w, "data", w.data.half())):
         model = make_model()
         change(model.model.norm.weight)
         with pytest.raises(UserError, match="norm.weight"):
-            rlep.check_weights(model, loading, "name")
+            rlep.check_weights(model, **loading)
 
 
 # ---- Run folders: resuming -----------------------------------------------------------------------
@@ -1211,7 +1262,7 @@ def test_a_data_file_that_changed_under_a_run(command, finished, files, tiny, tm
     before = snapshot(tmp_path / "out")
     for changed in (rows[1:], [{**rows[0], "answer": "8"}, *rows[1:]]):
         write_rows(tmp_path / "data.jsonl", changed)
-        assert "other problems" in error(flags)
+        assert "--problems" in error(flags)
     assert snapshot(tmp_path / "out") == before
     moved = write_rows(tmp_path / "moved.jsonl", rows)
     assert main([moved if word.endswith("/data.jsonl") else word for word in flags]) == 0
@@ -1316,12 +1367,13 @@ def test_folders_of_others_are_not_touched(content, tiny, words, tmp_path, error
 
 # ---- The command line: bad input -----------------------------------------------------------------
 def test_help(capsys):
-    """Each flag with its reason and default."""
+    """Each flag with its default and its reason."""
     with pytest.raises(SystemExit) as end:
         main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert end.value.code == 0 and all(re.search(rf"--{flag.name}[ ,].{{12,}}?\[", text)
-                                       for flag in fields(Config))
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and "rlep.py collect --model POLICY" in text
+    for flag in fields(Config):
+        assert re.search(rf"^ +{flag.name}: \w+ = .+  # .{{10,}}", text, re.M)
 
 
 @pytest.mark.parametrize("found, flags, device, bf16, micro_tokens", [
@@ -1329,8 +1381,7 @@ def test_help(capsys):
     ("cuda", ["--device", "cpu"], "cpu", 0, 2048), ("cpu", ["--device", "cuda:1"], "cuda:1", 1, 4096),
     ("cuda", ["--bf16", "0", "--micro_tokens", "7"], "cuda", 0, 7)])
 def test_settings_follow_the_device(found, flags, device, bf16, micro_tokens, monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator",
-                        lambda **_: None if found == "cpu" else torch.device(found))
+    monkeypatch.setattr(Config.__dataclass_fields__["device"], "default", found)
     config = rlep.parse(["train", *flags])[2]
     assert (config.device, config.bf16, config.micro_tokens) == (device, bf16, micro_tokens)
 
@@ -1352,7 +1403,6 @@ def bad(files, tmp_path_factory):
         "true": asks + '"answer": true}\n', "null": asks + '"answer": null, "solution": ""}\n',
         "reward_text": asks + '"reward_model": "7"}\n',
         "no_texts": asks + '"reward_model": {"ground_truth": "2"}}\n',
-        "numbers": asks + '"answer": 2, "reward_model": {"candidates": [2]}}\n',
         "others": '{"question": "a", "answer": 2, "reward_model": {"candidates": ["A: 2"]}}\n'}
     for name, text in texts.items():
         (folder / name).write_text(text)
@@ -1399,7 +1449,7 @@ BAD_DATA = [  # the file, and what the line must name
     ("no_answer", "no_answer:1"), ("nan", "nan:1"), ("true", "true:1"), ("null", "null:1"),
     ("reward_text", "reward_text:1")]
 BAD_POOLS = [("absent", "absent"), ("empty", "empty"), ("no_texts", "no_texts:1"), ("deep", "deep:1"),
-             ("reward_text", "reward_text:1"), ("others", "others"), ("numbers", "numbers:1")]
+             ("reward_text", "reward_text:1"), ("others", "others")]
 BAD = [([flag, value], flag) for flag, value in BAD_NUMBERS] + BAD_WORDS
 BAD += [(["train", "--model", f"BAD/{name}"], named) for name, named in BAD_MODELS]
 BAD += [(["train", "--model", "TINY", "--data", f"BAD/{name}"], named) for name, named in BAD_DATA]
@@ -1449,11 +1499,11 @@ def test_a_terminal_without_unicode(variables, tiny, tmp_path):
 
 
 # ---- Copying out, the README, the scripts --------------------------------------------------------
-@pytest.mark.parametrize("name", ["group_advantages", "policy_loss", "rollout", "response_logprobs",
-                                  "verify", "extract_answer", "micro_batches"])
+@pytest.mark.parametrize("name", ["group_advantages", "policy_loss", "overlong_penalty", "rollout",
+                                  "response_logprobs", "pass_at_k", "verify"])
 def test_copying_a_function_out(name, policy):
-    """The source of a function, of what its docstring names and of the constants beside it, in an
-    empty namespace with nothing but the imports, does the work."""
+    """The source of a function and of what its docstring says that it calls (of the verifier: its
+    section), in an empty namespace with nothing but the imports, does the work."""
     source = (HERE / "rlep.py").read_text()
     imports, pieces = [], {}
     for node in ast.parse(source).body:
@@ -1461,27 +1511,18 @@ def test_copying_a_function_out(name, policy):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             imports.append(text)
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            decorators = [f"@{ast.unparse(each)}\n" for each in node.decorator_list]
-            pieces[node.name] = node, "".join(decorators) + text
-        elif isinstance(node, ast.Assign):
-            pieces[node.targets[0].id] = node, text
-
-    def with_named(name, found):
-        """A function and all that its docstring names, each before what names it."""
-        if name not in found:
-            found[name] = None
-            documented = isinstance(pieces[name][0], (ast.FunctionDef, ast.ClassDef))
-            words = (ast.get_docstring(pieces[name][0]) or "") if documented else pieces[name][1]
-            for word in re.findall(r"\w+", words):
-                if word in pieces:
-                    with_named(word, found)
-            found[name] = pieces[name][1]
-        return found
-
-    parts = with_named(name, {})
-    order = sorted(parts, key=lambda part: pieces[part][0].lineno)
+            decorators = "".join(f"@{ast.unparse(each)}\n" for each in node.decorator_list)
+            pieces[node.name] = decorators + text, ast.get_docstring(node) or ""
+    wanted, parts = [name], {}
+    while wanted:
+        found = wanted.pop()
+        parts[found], docstring = pieces[found]
+        calls = re.findall(r"Calls ([\w, ]+)", docstring)
+        wanted += [word for word in re.findall(r"\w+", " ".join(calls)) if word in pieces]
+    if name == "verify":
+        parts = {"section": re.search(r"# ---- The verifier.*?(?=# ----.*---\n)", source, re.S)[0]}
     space = {}
-    exec("\n".join(imports + [parts[part] for part in order]), space)
+    exec("\n".join([*imports, *parts.values()]), space)
     copied = space[name]
     if name == "group_advantages":
         assert copied(torch.tensor([1.0, -1.0]), torch.zeros(2)).tolist() == pytest.approx(
@@ -1491,18 +1532,18 @@ def test_copying_a_function_out(name, policy):
         loss, _ = copied(zeros, zeros, torch.tensor([1.0, 3.0]), torch.ones(2, 3))
         assert loss.item() == -2
     elif name == "rollout":
-        given = dict(max_new_tokens=5, eos_token_id=1, pad_token_id=0, seeds=[1])
+        given = dict(max_new_tokens=5, eos_token_id=1, pad_token_id=0, seeds=[1], top_p=0.9)
         assert copied(policy.model, [[5, 6]], 3, **given) == rlep.rollout(
             policy.model, [[5, 6]], 3, **given)
     elif name == "response_logprobs":
         logprobs, mask = copied(policy.model, [[5, 6]] * 2, [[7, 8], [9]])
-        assert logprobs[0, 1].item() == pytest.approx(
-            slow_logprobs(policy.model, [5, 6], [7, 8])[1].item(), abs=1e-5)
-    elif name == "micro_batches":
-        assert len(copied([Answer([1], [2])] * 3, 3)) == 2
+        slow = slow_logprobs(policy.model, [5, 6], [7, 8])
+        assert torch.allclose(logprobs[0], slow, atol=1e-5) and mask.sum() == 3
+    elif name == "verify":
+        assert copied("So \\boxed{\\frac{1}{2}\\text{ cm}}", "0.5") is True
     else:
-        found = copied("So \\boxed{\\frac{1}{2}}", *["0.5"] * (name == "verify"))
-        assert found == (True if name == "verify" else "\\frac{1}{2}")
+        assert copied(*([95, 100, 10] if name == "overlong_penalty" else [[[True, False]], 1])) in (
+            -0.5, 0.5)
 
 
 def test_readme_blocks(tmp_path, monkeypatch):
