@@ -5,7 +5,6 @@ rlep.py train [--pool FILE]       one arm: RLEP with a pool, vanilla RL without
 rlep.py collect --model POLICY    a policy's verified answers to the training questions
 rlep.py eval --model POLICY       mean@k, maj@k and pass@k on held-out questions
 rlep.py plot RUN [RUN ...]        the curves of finished runs, and their last figures
-
 The method (section 3 of the paper; Eq. 1 and 5: group_advantages, Eq. 3 and 4: policy_loss):
     1. train: vanilla RL from the base model (GRPO, token mean, clip-higher)
     2. collect: that policy answers every question many times; what is correct fills the pool
@@ -17,8 +16,7 @@ Not as in the authors' code (a fork of verl; they never published their collecti
     3. the token mean is over the whole mini-batch (Eq. 3: one group); theirs over a micro-batch
     4. mini-batches are counted in questions, so 8 updates a rollout; theirs in answers of G, so 9
     5. lengths and masks are explicit; theirs follow from the padding token
-As there, but not in the paper: dual clip, unbiased std, and pi_old of replays (see policy_loss).
-"""
+As there, but not in the paper: dual clip, unbiased std, and pi_old of replays (see policy_loss)."""
 import argparse
 import copy
 import fcntl
@@ -44,12 +42,9 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 # ---- Configuration -------------------------------------------------------------------------------
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -68,17 +63,15 @@ class Config:
     out: str = ""  # folder of the run; without one, runs/COMMAND-MODEL-DATA-POOL-seedN
     seed: int = 0  # decides the tiny model's weights, order of questions, sampling and replay
     device: str = DEVICE  # cpu, cuda, cuda:1, mps ...; what torch finds is the default
-    bf16: int = -1  # 1: bf16 arithmetic on fp32 weights, 0: all in fp32, -1: 1 on CUDA, else 0
+    bf16: int = 0  # 1: bf16 arithmetic on fp32 weights, as is usual on a GPU; 0: all in fp32
     threads: int = 0  # CPU threads, 0: torch decides; a run repeats exactly on equal threads
-    # Rollouts (section 3.1)
-    prompts_per_step: int = 32  # questions a rollout (paper: 512)
+    prompts_per_step: int = 32  # questions a rollout, section 3.1 (paper: 512)
     group_size: int = 16  # G, fresh answers a question (paper: 16)
     max_new_tokens: int = 52  # longest answer in tokens (paper: 3072)
     temperature: float = 1.0  # of training and evaluation (paper: 1.0)
     top_p: float = 1.0  # nucleus of training and evaluation (paper: 1.0)
     sample_rows: int = 512  # answers sampled at once: fewer take less memory
-    # Updates (section 4.1)
-    steps: int = 24  # rollouts, each followed by prompts_per_step / minibatch_prompts updates
+    steps: int = 24  # rollouts, section 4.1, each with prompts_per_step / minibatch_prompts updates
     minibatch_prompts: int = 4  # questions an update; a group is never split (paper: 64)
     learning_rate: float = 5e-4  # of AdamW, constant after its warm-up (paper: 1e-6)
     lr_warmup_steps: int = 1  # steps in which the learning rate rises to that (paper: 10)
@@ -86,22 +79,15 @@ class Config:
     clip_high: float = 0.28  # epsilon above a ratio of 1, Eq. 3 (paper: 0.28)
     dual_clip: float = 10.0  # largest ratio that counts where the advantage is negative; 0: off
     overlong_buffer: int = 0  # tokens before the limit in which length is penalised (paper: 512)
-    micro_tokens: int = 0  # tokens a backward pass: bounds memory; 0: 2048 on a CPU, else 4096
+    micro_tokens: int = 2048  # tokens a backward pass: bounds memory; on a GPU more are faster
     save_every: int = 1  # steps from checkpoint to checkpoint
-    # Experience replay (section 3.2)
-    replays: int = 2  # M, replayed answers a group (paper: 2)
+    replays: int = 2  # M, replayed answers a group, section 3.2 (paper: 2)
     collect_k: int = 32  # answers a question in collection (authors: 64)
     collect_temperature: float = 0.7  # of collection (authors: 0.7)
     collect_top_p: float = 0.95  # nucleus of collection (authors: 0.95)
-    # Evaluation, and the embedded base model
     eval_every: int = 3  # steps from evaluation to evaluation
     k: int = 4  # answers a held-out question (paper: 32)
     warmup_steps: int = 900  # supervised steps that make the tiny base model
-
-    def __post_init__(self):
-        if self.bf16 == -1:
-            self.bf16 = int(self.device.startswith("cuda"))
-        self.micro_tokens = self.micro_tokens or (2048 if self.device == "cpu" else 4096)
 
 
 @dataclass(frozen=True)
@@ -173,22 +159,19 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     """Eq. 3 and 4 as a loss: minus the token mean of min(ratio A, clip(ratio, 1-low, 1+high) A).
     logprobs, old_logprobs, mask (n, t), the mask 0/1 of any dtype; advantages (n,), one an answer.
     dual_clip (authors' code; 0 or None: off) keeps the objective above dual_clip A where A < 0.
-    num_tokens: those of the whole mini-batch, if this is one of its micro-batches, whose losses add
-    up. Returns the loss and the shares of tokens that clip_low and clip_high decided.
-    Replayed answers: the authors take their old log-probs from the policy at the start of the step,
-    not from the one that wrote them. So do we: replay is imitation, weighted by A."""
-    mask = mask.bool()
-    advantages = advantages[:, None]  # (n, 1): the same for all tokens of an answer
+    num_tokens: of the whole mini-batch, if this is one of its micro-batches, whose losses add up.
+    Returns the loss and the shares of tokens that clip_low and clip_high decided. Old log-probs of
+    replayed answers are not those of the policy that wrote them but of the policy at the start of
+    the step, as in the authors' code: replay is imitation, weighted by A."""
+    mask, advantages = mask.bool(), advantages[:, None]  # (n, t), (n, 1): one for all its tokens
     num_tokens = num_tokens or int(mask.sum())
     # Padding may hold anything, and exp of it may be inf, which times mask 0 would still be NaN.
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
-    ratio = log_ratio.exp()  # (n, t), pi_theta / pi_old
+    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # (n, t), pi_theta / pi_old
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     objective = torch.minimum(unclipped, clipped)
     if dual_clip:
-        # min() sets no bound where a token of a bad answer has become likelier. This does: it
-        # counts at most as if its ratio were dual_clip.
+        # min() sets no bound where a token of a bad answer has become likelier; this does.
         floor = torch.where(advantages < 0, dual_clip * advantages, -math.inf)
         objective = torch.maximum(objective, floor)
     decided = mask & (clipped < unclipped)  # here the clip has the say, and the gradient is 0
@@ -205,14 +188,13 @@ def score(problem, text):
 
 
 class ExperiencePool:
-    """A list of verified answers for each question; the same text twice counts twice. On disk, a
-    JSON line a question in the row format of the authors' training set."""
+    """Lists of verified answers, equal ones included; on disk in the authors' row format."""
 
     def __init__(self):
         self.answers = {}  # {Problem: list of texts}
 
     def __len__(self):
-        return sum(len(texts) for texts in self.answers.values())
+        return sum(map(len, self.answers.values()))
 
     def add(self, question: str, gold: str, response: str, chat: tuple = ()) -> bool:
         """Keeps a response (text without end token) if it is correct; returns whether it is."""
@@ -250,103 +232,74 @@ class ExperiencePool:
 
 
 # ---- Sampling (section 3.1) ----------------------------------------------------------------------
-def read_prompts(model, prompts: list[list[int]], owner: Tensor, cache: Cache):
-    """Runs all tokens of P prompts but the last through the model, padded on the left, and so fills
-    the cache; then copies it, row i from prompt owner[i]. Returns seen (rows, width), which columns
-    of the cache hold a token, and positions (rows,) of the last tokens, which are to be read next."""
+def read_prompts(model, prompts: list[list[int]], owner: Tensor):
+    """Runs all tokens of P prompts but the last through the model, padded on the left. Returns the
+    key-value cache of rows, row i from prompt owner[i]; seen (rows, width), which columns of it
+    hold a token; and positions (rows,) of the last tokens, which are to be read next."""
     # An unseen 0 in front of each: a prompt of one token leaves nothing to read.
     prefixes = [torch.tensor([0, *prompt[:-1]]) for prompt in prompts]
     ids = pad_sequence(prefixes, batch_first=True, padding_side="left").to(model.device)
     lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)
     positions = torch.arange(-ids.shape[1], 0, device=model.device) + lengths[:, None]
-    seen = positions >= 0
+    seen, cache = positions >= 0, DynamicCache()
     model.base_model(ids, attention_mask=seen, position_ids=positions.clamp(min=0),
                      past_key_values=cache, use_cache=True)
     cache.batch_select_indices(owner)
-    return seen[owner], lengths[owner]
+    for layer in cache.layers:
+        layer.is_compileable = True  # spares looks at the masks, for which a GPU is waited for
+    return cache, seen[owner], lengths[owner]
 
 
-class RoomyLayer(DynamicLayer):
-    """A cache layer with room to write in. The stock one copies all it holds at every token, which
-    makes sampling a quarter slower; the update uses it, since it keeps gradients."""
-    is_compileable = True  # spares a look at the mask, for which the CPU waits for a GPU each time
-    length = 0  # tokens in use; keys and values are (rows, heads, length + room, d)
-
-    def get_seq_length(self):
-        return self.length
-
-    def update(self, keys, values, *args, **kwargs):
-        start, end = self.length, self.length + keys.shape[2]
-        if start == 0 or end > self.keys.shape[2]:
-            super().update(pad(keys, (0, 0, 0, 64)), pad(values, (0, 0, 0, 64)))
-        self.keys[:, :, start:end], self.values[:, :, start:end] = keys, values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-
-def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
-    """logits (rows, V) -> tokens (rows,): the best ones at temperature 0, else where uniform
-    (rows,), each in [0, 1), falls in the cumulative distribution of its row. With a number of its
-    own for each row, an answer does not depend on its neighbours, as torch.multinomial's would."""
+def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float):
+    """logits (rows, V) -> tokens (rows,): the best ones at temperature 0, else where the uniform
+    numbers (rows,) in [0, 1) fall in the cumulative distributions of their rows. One number a row:
+    torch.multinomial would make an answer depend on its neighbours."""
     if temperature == 0:
         return logits.argmax(-1)
     probs = torch.softmax(logits.float() / temperature, -1)
     if top_p < 1:
         ordered, index = probs.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered
-        ordered[before >= top_p] = 0  # the smallest set that reaches top_p stays
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # the smallest set that reaches it stays
         probs = torch.zeros_like(probs).scatter_(-1, index, ordered)
     cumulative = probs.cumsum(-1)
     # 1 - uniform is above 0, so that a token of probability 0 is never drawn.
     target = (1 - uniform[:, None]) * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, target)[:, 0]
-    return token.clamp(max=logits.shape[-1] - 1)  # NaN logits would give V
-
-
-def draw_uniform(seeds: list[int], max_new_tokens: int, group_size: int) -> Tensor:
-    """Numbers in [0, 1), one for each token of each answer (max_new_tokens, rows). Each question
-    has a generator of its own, on the CPU: neither its neighbours nor the device change them."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    numbers = [torch.rand(max_new_tokens, group_size, generator=each) for each in generators]
-    return torch.cat(numbers, dim=1)
+    return torch.searchsorted(cumulative, target)[:, 0].clamp(max=probs.shape[-1] - 1)  # for NaN
 
 
 @torch.inference_mode()
 def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens: int,
             temperature: float = 1.0, top_p: float = 1.0, eos_token_id: int | list[int],
             pad_token_id: int, seeds: list[int] | None = None):
-    """Samples group_size answers to each prompt (token ids): a list (one per prompt) of group_size
-    lists of token ids, the end token included where it was reached. A prompt is read once, its
-    cache copied for its group; finished answers leave the batch. seeds: one a prompt, for its own
-    random numbers. Calls read_prompts, RoomyLayer, draw_uniform and sample_tokens."""
+    """Samples group_size answers to each prompt, all as token ids: a list (one per prompt) of
+    group_size lists, with the end token where it was reached. A prompt is read once for its group;
+    finished answers leave the batch. seeds: one a prompt. Calls read_prompts and sample_tokens."""
     model.eval()
-    cache = Cache(layer_class_to_replicate=RoomyLayer)
     owner = torch.arange(len(prompts), device=model.device).repeat_interleave(group_size)
-    seen, position = read_prompts(model, prompts, owner, cache)  # from here on a row is an answer
+    cache, seen, position = read_prompts(model, prompts, owner)  # from here on a row is an answer
     token = torch.tensor([prompt[-1] for prompt in prompts], device=model.device)[owner]
+    # Each question has random numbers of its own, drawn on the CPU: batch and device do not matter.
     seeds = seeds or torch.randint(2**62, (len(prompts),)).tolist()
-    uniform = draw_uniform(seeds, max_new_tokens, group_size).to(model.device)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    uniform = [torch.rand(max_new_tokens, group_size, generator=each) for each in generators]
+    uniform = torch.cat(uniform, dim=1).to(model.device)  # (max_new_tokens, rows)
     ends = torch.tensor(eos_token_id, device=model.device)
     tokens = token.new_full((len(token), max_new_tokens), pad_token_id)
-    lengths = torch.zeros_like(token)
+    lengths, done = torch.zeros_like(token), torch.zeros_like(token, dtype=torch.bool)
     alive = torch.arange(len(token), device=model.device)  # the answers still in the batch
-    done = torch.zeros_like(alive, dtype=torch.bool)
     for t in range(max_new_tokens):
-        seen = pad(seen, (0, 1), value=True)  # one more column of the cache
+        seen = torch.nn.functional.pad(seen, (0, 1), value=True)  # the cache grows by a column
         logits = model(token[:, None], attention_mask=seen, position_ids=position[:, None],
                        past_key_values=cache, use_cache=True).logits[:, -1]
         token = sample_tokens(logits, uniform[t, alive], temperature, top_p)
         tokens[alive, t] = token
         lengths[alive] += ~done
-        done = done | torch.isin(token, ends)
-        position = position + 1
-        # Finished answers leave. Not at every token, since to look at done the CPU waits for a GPU;
-        # and not if they are less than a fifth, since then the copying costs more than it saves.
-        if t % 4 == 3:
+        done, position = done | torch.isin(token, ends), position + 1
+        if t % 4 == 3:  # not at every token: to look at done, the CPU waits for a GPU
             keep = (~done).nonzero()[:, 0]
             if len(keep) == 0:
                 break
-            if len(keep) < 0.8 * len(alive):
+            if len(keep) < 0.8 * len(alive):  # to drop fewer costs more copying than it saves
                 cache.batch_select_indices(keep)
                 alive, done, token = alive[keep], done[keep], token[keep]
                 seen, position = seen[keep], position[keep]
@@ -358,12 +311,11 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
 def response_logprobs(model, prompts: list[list[int]], responses: list[list[int]], *,
                       temperature: float = 1.0):
     """log pi_theta of every response token: n prompts, n responses -> logprobs (n, t), mask (n, t).
-    Prompts are read as in sampling, each distinct one once, with gradient. The logits must be a
-    product of the last hidden state. Calls read_prompts and token_logprobs."""
+    Prompts are read as in sampling, each distinct one once, but with gradient. The logits must be
+    a product of the last hidden state. Calls read_prompts."""
     distinct = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
     owner = torch.tensor([distinct.index(prompt) for prompt in prompts], device=model.device)
-    cache = DynamicCache()
-    seen, position = read_prompts(model, distinct, owner, cache)
+    cache, seen, position = read_prompts(model, distinct, owner)
     rows = [torch.tensor([prompt[-1], *answer]) for prompt, answer in zip(prompts, responses)]
     rows = pad_sequence(rows, batch_first=True).to(model.device)
     # What the inputs predict is exactly the response: it starts behind the prompt's last token.
@@ -375,35 +327,21 @@ def response_logprobs(model, prompts: list[list[int]], responses: list[list[int]
         inputs, attention_mask=torch.cat([seen, mask], dim=1),  # and causal
         position_ids=position[:, None] + columns, past_key_values=cache, use_cache=True,
     ).last_hidden_state  # (n, t, d)
-    head = model.get_output_embeddings()
-    logprobs = token_logprobs(hidden[mask], head, targets[mask], temperature)
+    logits = model.get_output_embeddings()(hidden[mask]).float() / temperature  # (tokens, V)
+    logprobs = logits.gather(1, targets[mask][:, None])[:, 0] - logits.logsumexp(1)
     return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs), mask
 
 
-def token_logprobs(hidden: Tensor, head, targets: Tensor, temperature: float) -> Tensor:
-    """log pi(target): hidden (m, d), targets (m,) -> (m,), through head, which makes the logits. In
-    chunks, whose logits are made again in the backward pass: all (m, V) at once would be huge."""
-    def logprobs(hidden, targets):
-        logits = head(hidden).float() / temperature  # (chunk, V)
-        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
-
-    size = max(64, 2**24 // head.weight.shape[0])  # 2**24 fp32 logits are 64 MiB
-    chunks = zip(hidden.split(size), targets.split(size))
-    return torch.cat([recomputed(logprobs, *chunk, use_reentrant=False) for chunk in chunks])
-
-
 def micro_batches(answers, micro_tokens):
-    """Lists of at most micro_tokens tokens each, padding included, or of one longer answer; without
-    answers of advantage 0, which have no gradient. Answers to one prompt stay neighbours, to read
-    it once, and those of like length, to need little padding: the losses of all add up anyway."""
-    teaching = [answer for answer in answers if answer.advantage != 0]
+    """Lists of at most micro_tokens tokens, padding included, or of one longer answer. Answers of
+    advantage 0 have no gradient and are left out; those alike in prompt and length are together."""
     batches, longest = [], 0
+    teaching = [answer for answer in answers if answer.advantage != 0]
     for answer in sorted(teaching, key=lambda a: (len(a.prompt), a.prompt, len(a.response))):
-        length = len(answer.prompt) + len(answer.response)
-        longest = max(longest, length)
+        longest = max(longest, len(answer.prompt) + len(answer.response))
         if not batches or (len(batches[-1]) + 1) * longest > micro_tokens:
             batches.append([])
-            longest = length
+            longest = len(answer.prompt) + len(answer.response)
         batches[-1].append(answer)
     return batches
 
@@ -411,8 +349,8 @@ def micro_batches(answers, micro_tokens):
 # ---- The policy ----------------------------------------------------------------------------------
 class Policy:
     """A causal language model with its tokenizer. Weights are fp32: an update of 1e-6 would be
-    rounded away in bf16. With --bf16 1 the update's arithmetic is bf16 (torch.autocast), and
-    a bf16 copy samples. Raises UserError if it cannot be loaded whole or trained correctly."""
+    rounded away in bf16. With --bf16 1 the update's arithmetic is bf16 (torch.autocast), and a bf16
+    copy samples. Raises UserError if it cannot be loaded or trained correctly."""
 
     def __init__(self, config, problems):
         self.name = f"--model {config.model}"
@@ -425,13 +363,13 @@ class Policy:
             self.model.to(config.device).eval()  # with dropout, no ratio would ever be 1
         with blame(f"{self.name}: mend its tokenizer or chat template"):
             self.end = self.find_end()
-            longest = max(len(self.encode_prompt(problem)) for problem in problems)
-        check_model(self.model, self.name, longest + config.max_new_tokens)
+            lengths = [len(self.encode_prompt(problem)) for problem in problems]
+            require(self.end is not None and 0 not in lengths, "no end token, or an empty prompt")
+        check_model(self.model, self.name, max(lengths) + config.max_new_tokens)
         stops = self.model.generation_config.eos_token_id or []
         self.ends = [self.end, *([stops] if isinstance(stops, int) else stops)]
         self.sampler = copy.deepcopy(self.model) if config.bf16 else self.model
-        kind = torch.device(config.device).type
-        self.autocast = torch.autocast(kind, torch.bfloat16, enabled=config.bf16 == 1)
+        self.autocast = torch.autocast(self.model.device.type, torch.bfloat16, enabled=config.bf16 > 0)
 
     def find_end(self):
         """The token that ends an answer: with a chat template, the one that ends the assistant's
@@ -440,26 +378,25 @@ class Policy:
         if self.tokenizer.chat_template:
             chat = messages(Problem("1", "")) + [{"role": "assistant", "content": "ANSWER"}]
             turn = self.tokenizer.apply_chat_template(chat, tokenize=False)
-            behind = self.tokenizer(turn.rpartition("ANSWER")[2], add_special_tokens=False)
-            for token in behind.input_ids:
+            _, _, end = turn.rpartition("ANSWER")
+            for token in self.tokenizer(end, add_special_tokens=False).input_ids:
                 added = self.tokenizer.added_tokens_decoder.get(token)
                 if added and added.special and token != self.tokenizer.unk_token_id:
                     return token
-        require(self.tokenizer.eos_token_id is not None, "no token ends an answer")
         return self.tokenizer.eos_token_id
 
     def encode_prompt(self, problem):
         """Token ids of the chat template's prompt or, without one, of "Question: ... Answer:"."""
-        if self.tokenizer.chat_template:
+        chat, template = messages(problem), self.tokenizer.chat_template
+        if template:
             text = self.tokenizer.apply_chat_template(
-                messages(problem), tokenize=False, add_generation_prompt=True)
-            prompt = self.tokenizer(text, add_special_tokens=False).input_ids
+                chat, tokenize=False, add_generation_prompt=True)
         else:
-            texts = [text for _, text in problem.chat] + [f"Question: {problem.question}\nAnswer:"]
-            prompt = self.tokenizer("\n\n".join(texts)).input_ids
-            if prompt[-1:] == [self.tokenizer.eos_token_id]:  # some tokenizers end every text
-                prompt.pop()
-        require(prompt, "a question is rendered as nothing")
+            chat[-1]["content"] = f"Question: {problem.question}\nAnswer:"
+            text = "\n\n".join(message["content"] for message in chat)
+        prompt = self.tokenizer(text, add_special_tokens=not template).input_ids
+        if prompt[-1:] == [self.tokenizer.eos_token_id] and not template:
+            prompt.pop()  # some tokenizers end every text
         return prompt
 
     def encode_answer(self, text):
@@ -479,19 +416,17 @@ class Policy:
         size = max(1, config.sample_rows // k)
         for start in range(0, len(problems), size):
             batch = problems[start:start + size]
-            groups = rollout(
+            yield from zip(batch, rollout(
                 self.sampler, [self.encode_prompt(problem) for problem in batch], k,
                 max_new_tokens=config.max_new_tokens, temperature=config.temperature,
                 top_p=config.top_p, eos_token_id=self.ends, pad_token_id=self.end,
-                seeds=[seed_of(config.seed, *purpose, problem) for problem in batch])
-            yield from zip(batch, groups)
+                seeds=[seed_of(config.seed, *purpose, problem) for problem in batch]))
 
     def logprobs(self, answers, temperature):
         """response_logprobs of answers (n, t) with its mask, in the arithmetic of the update."""
+        texts = [answer.prompt for answer in answers], [answer.response for answer in answers]
         with self.autocast:
-            return response_logprobs(self.model, [answer.prompt for answer in answers],
-                                     [answer.response for answer in answers],
-                                     temperature=temperature)
+            return response_logprobs(self.model, *texts, temperature=temperature)
 
     def save(self, folder):
         """Writes an ordinary Hugging Face folder, whole or not at all."""
@@ -521,7 +456,11 @@ def train_step(policy, optimizer, problems, pool, config, step):
     # 3. Old log-probs (pi_old) for all mini-batches but the first, which finds the policy as it is.
     size = config.minibatch_prompts
     mini_batches = [sum(groups[first:first + size], []) for first in range(0, len(groups), size)]
-    set_old_logprobs(policy, sum(mini_batches[1:], []), config)
+    for batch in micro_batches(sum(mini_batches[1:], []), config.micro_tokens):
+        with torch.no_grad():
+            logprobs, _ = policy.logprobs(batch, config.temperature)
+        for answer, row in zip(batch, logprobs):
+            answer.old_logprobs = row[:len(answer.response)].clone()
     # 4. One update a mini-batch of whole groups (Eq. 4).
     rate = learning_rate(config, step)
     updates = [update_policy(policy, optimizer, answers, config, rate) for answers in mini_batches]
@@ -539,8 +478,7 @@ def make_groups(policy, problems, pool, config, step):
             group.append(Answer(prompt, policy.encode_answer(text), replayed=True))
         for answer in group:
             reward = score(problem, policy.decode(answer.response))
-            answer.correct = reward > 0
-            answer.reward = reward + overlong_penalty(
+            answer.correct, answer.reward = reward > 0, reward + overlong_penalty(
                 len(answer.response), config.max_new_tokens, config.overlong_buffer)
         groups.append(group)
     return groups
@@ -552,19 +490,9 @@ def draw_replays(pool, problem, config, step):
     return pool.draw(problem.question, config.replays, rng, problem.chat)
 
 
-@torch.no_grad()
-def set_old_logprobs(policy, answers, config):
-    """Keeps the log-probs of the policy as it is now, of those answers that have a gradient."""
-    for batch in micro_batches(answers, config.micro_tokens):
-        logprobs, _ = policy.logprobs(batch, config.temperature)
-        for answer, row in zip(batch, logprobs):
-            answer.old_logprobs = row[:len(answer.response)].clone()
-
-
 def update_policy(policy, optimizer, answers, config, rate):
-    """One optimizer step on one mini-batch (Eq. 4), in micro-batches whose losses add up. Answers
-    without gradient are not computed, but their tokens stay in the mean. Returns the metrics."""
-    num_tokens = sum(len(answer.response) for answer in answers)
+    """One optimizer step on a mini-batch (Eq. 4), whose micro-batches' losses add up. Metrics."""
+    num_tokens = sum(len(answer.response) for answer in answers)  # also those without gradient
     metrics = Counter(loss=0.0, clip_low=0.0, clip_high=0.0)
     for batch in micro_batches(answers, config.micro_tokens):
         logprobs, mask = policy.logprobs(batch, config.temperature)
@@ -578,12 +506,11 @@ def update_policy(policy, optimizer, answers, config, rate):
         loss.backward()
         metrics.update(stats, loss=loss.item())  # a Counter adds
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0).item()  # paper: 1.0
-    finite = math.isfinite(norm)
-    if finite:
+    if math.isfinite(norm):
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
     optimizer.zero_grad()
-    return {**metrics, "grad_norm": norm, "skipped": 0} if finite else {"skipped": 1}
+    return {**metrics, "grad_norm": norm, "skipped": 0} if math.isfinite(norm) else {"skipped": 1}
 
 
 def learning_rate(config, step):
@@ -596,8 +523,7 @@ def metrics_of(groups, updates, config):
     fresh = [answer for group in groups for answer in group if not answer.replayed]
     teaching = [group for group in groups if any(answer.advantage for answer in group)]
     lengths = [len(answer.response) for answer in fresh]
-    # The policy's entropy, estimated over the tokens of those fresh answers that have a gradient:
-    # their log-probs at the start of the step have been needed anyway.
+    # They estimate the policy's entropy, over the tokens of fresh answers that have a gradient.
     surprise = [-answer.old_logprobs for answer in fresh if answer.old_logprobs is not None]
     metrics = {
         "accuracy": fmean(answer.correct for answer in fresh),
@@ -616,7 +542,7 @@ def metrics_of(groups, updates, config):
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
-def mean_at_k(correct: list[list[bool]]) -> tuple[float, list[float]]:
+def mean_at_k(correct: list[list[bool]]):
     """The mean share of correct answers, and its 95% interval over questions, within [0, 1]."""
     shares = [fmean(row) for row in correct]
     mean = fmean(shares)
@@ -624,16 +550,14 @@ def mean_at_k(correct: list[list[bool]]) -> tuple[float, list[float]]:
     return mean, [max(0.0, mean - half), min(1.0, mean + half)]
 
 
-def pass_at_k(correct: list[list[bool]], k: int) -> float:
+def pass_at_k(correct: list[list[bool]], k: int):
     """The chance that one of k answers is correct: 1 - C(n - c, k) / C(n, k), c of n correct."""
     n = len(correct[0])
-    misses = [math.comb(n - sum(row), k) / math.comb(n, k) for row in correct]
-    return 1 - fmean(misses)
+    return 1 - fmean(math.comb(n - sum(row), k) / math.comb(n, k) for row in correct)
 
 
-def maj_at_k(answers: list[list[str | None]], correct: list[list[bool]]) -> float:
-    """The share of questions whose most frequent answer, as it is spelt, is correct (Figure 3).
-    None, where no answer was found, has no vote."""
+def maj_at_k(answers: list[list[str | None]], correct: list[list[bool]]):
+    """The share of questions whose most frequent answer, as spelt, is correct; None has no vote."""
     won = 0
     for row, marks in zip(answers, correct):
         votes = Counter(answer for answer in row if answer is not None)
@@ -660,10 +584,9 @@ def evaluate(policy, problems, config, title):
 
 # ---- The phases ----------------------------------------------------------------------------------
 def train(config, problems, held_out):
-    """One arm from the base model: RLEP with --pool, vanilla RL without. Step 0 is the base itself.
-    Leaves OUT/policy and OUT/summary.json, which is returned."""
-    out = Path(config.out)
-    summary = open_folder("train", config, problems + held_out)
+    """One arm from the base model (step 0): RLEP with --pool, vanilla RL without. Leaves OUT/policy
+    and OUT/summary.json, which is returned."""
+    out, summary = Path(config.out), open_folder("train", config, problems + held_out)
     if summary and (out / "policy").exists():
         return summary
     base = config.model or make_base(config, out / "base")
@@ -671,36 +594,32 @@ def train(config, problems, held_out):
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.1)  # paper: 0.1
     pool = load_replays(policy, problems, config) if config.pool else ExperiencePool()
     arm = f"RLEP, M = {config.replays}" if config.pool else "vanilla RL"
-    rows = load_checkpoint(out / "checkpoint.pt", policy.model, optimizer)  # of steps taken so far
+    rows, checkpoint = [], out / "checkpoint.pt"
+    if checkpoint.exists():
+        with blame(f"{checkpoint}: damaged; delete {out}"):
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            policy.model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["adam"])
+            rows = [{**row} for row in state["rows"]]  # the metrics of the steps up to it
     for step in tqdm(range(len(rows), config.steps + 1), arm, config.steps + 1, initial=len(rows)):
-        row = {"step": step}
+        row, last = {"step": step}, step == config.steps
         if step > 0:
             batch = questions_of_step(problems, config, step)
             row |= train_step(policy, optimizer, batch, pool, config, step)
-        if step % config.eval_every == 0 or step == config.steps:
+        if step % config.eval_every == 0 or last:
             entropy = f", entropy {row['entropy']:.2f}" if row.get("entropy") else ""
             row |= evaluate(policy, held_out, config, f"{arm}, step {step}{entropy}")
         rows.append(row)
         write_rows(out / "metrics.jsonl", rows)
-        if step % config.save_every == 0 or step == config.steps:
-            with written_whole(out / "checkpoint.pt") as unfinished:  # no random state: see seed_of
-                torch.save({"rows": rows, "model": policy.model.state_dict(),
-                            "adam": optimizer.state_dict()}, unfinished)
+        if step % config.save_every == 0 or last:
+            with written_whole(checkpoint) as unfinished:  # no random state: see seed_of
+                weights, adam = policy.model.state_dict(), optimizer.state_dict()
+                torch.save({"rows": rows, "model": weights, "adam": adam}, unfinished)
     policy.save(out / "policy")
     curve = [[row["step"], row["mean_at_k"]] for row in rows if "mean_at_k" in row]
     summary = rows[-1] | {"arm": arm, "seed": config.seed, "curve": curve}
     write_rows(out / "summary.json", [summary])
     return summary
-
-
-def load_checkpoint(path, model, optimizer):
-    """Goes on from a checkpoint, if there is one; returns the metrics of the steps up to it."""
-    with blame(f"{path}: damaged; delete {path.parent}"):
-        state = torch.load(path, "cpu", weights_only=True) if path.exists() else {"rows": []}
-        if state["rows"]:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["adam"])
-        return [{**row} for row in state["rows"]]
 
 
 def questions_of_step(problems, config, step):
@@ -727,9 +646,7 @@ def collect(config, problems):
     """Experience collection (section 3.2): --model answers every question K times. What is correct
     and not cut goes into OUT/pool.jsonl, if a question has two of them. Returns the summary."""
     out = Path(config.out)
-    summary = open_folder("collect", config, problems)
-    if summary:
-        return summary
+    open_folder("collect", config, problems)
     policy = Policy(config, problems)
     settings = replace(config, temperature=config.collect_temperature, top_p=config.collect_top_p)
     unfinished = out / "collected.jsonl"  # all questions asked so far, also those without answers
@@ -759,11 +676,10 @@ def run(config, problems, held_out):
     open_folder("run", config, problems + held_out)
     own = replace(config, model=config.model or make_base(config, out / "base"), replays=0)
     vanilla = train(replace(own, out=f"{out}/vanilla"), problems, held_out)
-    seed_policy = f"{out}/vanilla/policy"
-    pool = collect(replace(own, out=f"{out}/collection", model=seed_policy), problems)
+    pool = collect(replace(own, out=f"{out}/collection", model=f"{out}/vanilla/policy"), problems)
     shutil.copy(out / "collection/pool.jsonl", out)
-    own = replace(own, pool=f"{out}/pool.jsonl", replays=config.replays)
-    rlep = train(replace(own, out=f"{out}/rlep"), problems, held_out)
+    own = replace(own, out=f"{out}/rlep", pool=f"{out}/pool.jsonl", replays=config.replays)
+    rlep = train(own, problems, held_out)
     write_rows(out / "summary.json", [{**pool, "vanilla": vanilla, "rlep": rlep}])
     plot([out], out)
 
@@ -772,12 +688,11 @@ def run(config, problems, held_out):
 def read_rows(path):
     """Yields ("FILE:LINE", row) for the JSON lines of a file. Raises UserError on a bad one."""
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        where = f"{path}:{number}"
         if line.strip():
-            with blame(f"{where}: each line must be a JSON object, as pandas' to_json writes them"):
+            with blame(f"{path}:{number}: each line must be a JSON object, as of pandas' to_json"):
                 row = {**json.loads(line)}
                 json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
-            yield where, row
+            yield f"{path}:{number}", row
 
 
 def messages(problem):
@@ -787,8 +702,7 @@ def messages(problem):
 
 
 def row_to_problem(row, where):
-    """Understands GSM8K, MATH, DAPO-Math-17k, AIME, AMC and RLEP rows as published, and names where
-    in the UserError for others. Your own format goes here."""
+    """Reads GSM8K, MATH, DAPO, AIME, AMC, RLEP rows. Yours goes here. Raises UserError."""
     question = row.get("prompt") or row.get("question") or row.get("problem")
     if isinstance(question, str):
         question = [{"role": "user", "content": f"{question.strip()}\n{BOXED}"}]
@@ -798,10 +712,10 @@ def row_to_problem(row, where):
         role, text = chat.pop()
         require(role == "user" and text.strip(), "the last message must be the user's, not empty")
     inner = row["reward_model"] if isinstance(row.get("reward_model"), dict) else {}
-    golds = row.get("answer"), row.get("ground_truth"), inner.get("ground_truth"), row.get("solution")
-    gold = next(filter(None, map(to_gold, golds)), None)
-    require(gold, f"{where}: no answer; give it as answer, solution or ground_truth")
-    return Problem(text, gold, tuple(chat))
+    values = [row.get("answer"), row.get("ground_truth"), inner.get("ground_truth")]
+    golds = [gold for gold in map(to_gold, [*values, row.get("solution")]) if gold]
+    require(golds, f"{where}: no answer; give it as answer, solution or ground_truth")
+    return Problem(text, golds[0], tuple(chat))
 
 
 def to_gold(value):
@@ -817,13 +731,12 @@ def load_problems(config):
     """The training problems and the held-out ones, of equal ones the first. Raises UserError."""
     def read(path):
         return list(dict.fromkeys(row_to_problem(row, where) for where, row in read_rows(path)))
-
     size, train_size = config.eval_size, config.train_size or (0 if config.data else 512)
     problems = read(config.data) if config.data else embedded_problems(train_size + size, seed=0)
     held_out = read(config.eval_data)[:size] if config.eval_data else problems[-size:]
     problems = [problem for problem in problems if problem not in set(held_out)]
-    enough = held_out and len(problems) >= max(1, train_size)
-    require(enough, f"{config.data} {config.eval_data}: too few; lower --train_size or --eval_size")
+    require(held_out and len(problems) >= max(1, train_size), f"{config.data} {config.eval_data}: "
+            "too few problems; lower --train_size or --eval_size")
     return problems[:train_size or None], held_out
 
 
@@ -839,17 +752,14 @@ def embedded_problems(number, seed):
 
 
 def write_working(question, rng):
-    """A working, such as 3*7=1,4*9=6,1+6=7\\boxed{7}, from the left or from the right. One result
-    in twenty is wrong, and what follows builds on it."""
+    """A working, as 3*7=1,4*9=6,1+6=7\\boxed{7}, from either end; one result in twenty is wrong."""
     steps, total = [], None
-
     def work(a, sign, b):
         result = a * b if sign == "*" else a + b
         if rng.random() < 0.05:
             result += rng.randrange(1, 10)
         steps.append(f"{a}{sign}{b}={result % 10}")
         return result % 10
-
     for product in question.split(" ")[0].split("+")[::rng.choice([1, -1])]:
         value = work(int(product[0]), "*", int(product[2]))
         total = value if total is None else work(total, "+", value)
@@ -871,14 +781,12 @@ def save_untrained(folder, seed):
         vocab_size=len(words), hidden_size=64, intermediate_size=192, num_hidden_layers=3,
         num_attention_heads=4, max_position_embeddings=256, tie_word_embeddings=True,
         initializer_range=0.05, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-        rope_parameters={"rope_type": "default", "rope_theta": 30.0},  # texts have 70 tokens
-    )).save_pretrained(folder)
+        rope_parameters={"rope_type": "default", "rope_theta": 30.0})).save_pretrained(folder)
 
 
 def make_base(config, folder):
-    """The embedded base model's folder. Its warm-up, in place of pretraining, makes a model that
-    can work but gives up: three examples in four teach how a begun working goes on, one how to
-    begin: by giving up, and rarely, the rarer the longer the problem, by working."""
+    """The embedded base model's folder. It can work but gives up: three examples in four teach how
+    begun workings go on, one how to begin: by giving up or, the rarer the longer, by working."""
     if (folder / "policy").exists():
         return str(folder / "policy")
     save_untrained(folder / "initial", seed_of(config.seed, "weights"))
@@ -886,8 +794,7 @@ def make_base(config, folder):
     policy = Policy(config, embedded_problems(3, seed=0))
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.01)
     for step in tqdm(range(config.warmup_steps), "base model, in place of pretraining"):
-        rng = random.Random(seed_of(config.seed, "warm-up", step))
-        answers = []
+        rng, answers = random.Random(seed_of(config.seed, "warm-up", step)), []
         for place, problem in enumerate(embedded_problems(32, seed=rng.getrandbits(48))):
             prompt, text = policy.encode_prompt(problem), write_working(problem.question, rng)
             works = {2: 1 / 32, 3: 1 / 128, 4: 1 / 512}[problem.question.count("*")]
@@ -909,9 +816,6 @@ def make_base(config, folder):
 #   TIDY: one spelling of many       \frac{√{2}{8}}{2} cm          √{2}2      6+0         6
 #   UNIT: off if one side has none   \frac{√{2}{8}}{2}             √{2}2      6+0         6
 #   read: value, operations to do    1.41421356237; a root         the same   6; a sum    6; none
-# Equal: one value, letters being unknown numbers; lists and sets in any order. "x=" or a unit (of
-# UNIT, or a plural) may be missing on one side, not differ. Never equal: a guess among several; a
-# root and its decimals; (1,2) and [1,2]; more operations to do than in gold; what cannot be read.
 LITERALS = dict(pair.split("→") for pair in r"""
     \dfrac→\frac \tfrac→\frac ½→\frac12 \sqrt→√ sqrt(→√( \pi→π \theta→θ \infty→∞ \emptyset→∅
     \varnothing→∅ \in→= \cup→, ;→, ，→, &→, \\→],[ \begin{pmatrix}→[[ \end{pmatrix}→]]
@@ -962,7 +866,7 @@ OPERATIONS = {  # & as in 2&1/2, 0- as in -5; a power of more than 4,000 digits 
 
 
 def verify(response: str, gold: str) -> bool:
-    """Whether the final answer of a response equals the gold answer, by the rules above."""
+    """Whether the final answer of a response equals the gold one, by the rules in the README."""
     try:
         answer = extract_answer(response)
         gold = extract_answer(gold) if "####" in gold or "\\boxed" in gold else gold[:300]
@@ -1017,11 +921,10 @@ def read(tokens: list, to_do: list, weakest: int = 0):
         value = combine(token, read(tokens, to_do, 9), read(tokens, to_do, 9), to_do)
     elif token.strip(".")[:1].isdecimal():
         value = Numeral(token.replace("*1", ""))  # 3*1e8
-    elif re.fullmatch(r"[∞∅]|[^\W\d_][\w ]*", token):
-        name = token if "_" in token or len(token) < 3 else token.lower()
+    else:  # a name; anything else raises
+        name = re.fullmatch(r"[∞∅]|[^\W\d_][\w ]*", token)[0]
+        name = name if "_" in name or len(name) < 3 else name.lower()
         value = math.inf if name == "∞" else made_up(name)
-    else:
-        raise ValueError(token)
     while tokens:
         if weakest <= SIGNS["*"] and re.match(r"[({\\√∞]|[^\W\d_]", tokens[-1]):
             tokens.append("*")  # 2x
@@ -1061,17 +964,16 @@ def check_weights(model, missing_keys, unexpected_keys, **_):
     wrong = [*missing_keys] + [key for key in unexpected_keys if "scale" in key]
     for key, weight in model.named_parameters():
         wrong += [key] * (weight.dtype != torch.float32 or not weight.requires_grad)
-    require(not wrong, f"missing, frozen (an adapter?) or quantised: {sorted(wrong)[:3]}")
+    require(not wrong, f"missing, frozen or quantised: {sorted(wrong)[:3]}")
 
 
 def check_model(model, name, longest):
-    """Compares greedy sampling and response_logprobs with plain passes, up to the longest text:
-    scaled logits, recurrence and the like show up. Raises UserError."""
+    """Compares greedy sampling and response_logprobs with plain passes. Raises UserError."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
     with blame(f"{name}: cannot be trained so; Llama and Qwen models can"), torch.no_grad():
         require(longest <= limit, f"{limit} positions, texts of {longest}: lower --max_new_tokens")
-        size = model.get_input_embeddings().num_embeddings
-        tokens = random.Random(0).choices(range(size), k=max(longest, 5))
+        vocabulary = range(model.get_input_embeddings().num_embeddings)
+        tokens = random.Random(0).choices(vocabulary, k=max(longest, 5))
         prompts = [tokens[:3], tokens[:3], tokens[4:]]  # shared by two, and as long as may be
         sampled = rollout(model, prompts, 1, max_new_tokens=4, temperature=0, eos_token_id=-1,
                           pad_token_id=0)
@@ -1084,31 +986,28 @@ def check_model(model, name, longest):
 
 
 # ---- Run folders ---------------------------------------------------------------------------------
-# Settings that move rounding, memory or files only: they may change while a run is under way. Those
-# of phases to come may too: collection, and what has a --pool, check them.
-FREE = {"out", "device", "threads", "sample_rows", "micro_tokens", "save_every", "data", "eval_data"}
+# What moves rounding, memory or files only may change in a run, and so may what is for later.
+FREE = {"out", "device", "threads", "sample_rows", "micro_tokens", "save_every", "data",
+        "eval_data"}
 LATER = {"collect_k", "collect_temperature", "collect_top_p", "replays"}
-RESULTS = {"base", "vanilla", "metrics.jsonl", "collected.jsonl"}
 
 
 def open_folder(command, config, problems):
-    """Makes a run's folder, or goes on with it; returns its summary, {} if it is unfinished. Raises
-    UserError if it holds anything else, or results with other settings."""
+    """Makes or reopens a run's folder; returns its summary, {} if unfinished. Raises UserError."""
     out, golds = Path(config.out), [(problem, problem.gold) for problem in problems]
     settings = {"command": command, **asdict(config), "problems": seed_of(golds)}
     out.mkdir(parents=True, exist_ok=True)
     found = {file.name for file in out.iterdir()} - {"lock", "config.json.partial"}
     old = saved_row(out / "config.json")
-    ours = not found or set(old) == set(settings)
-    require(ours, f"{out}: holds something else than a run; give another --out")
+    require(not found or set(old) == set(settings), f"{out}: no run's folder; give another --out")
     with blame(f"{out}: another run is using it, or it cannot be locked; give another --out"):
         lock = os.open(out / "lock", os.O_CREAT | os.O_RDWR)  # never closed: held until the end
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     free = FREE if config.pool or command == "collect" else FREE | LATER
     changed = [f"--{name}" for name, value in settings.items()
                if name not in free and value != old.get(name)]
-    same = not changed or not found & RESULTS
-    require(same, f"{out}: was run with another {' '.join(changed)}; give another --out")
+    begun = found & {"base", "vanilla", "metrics.jsonl", "collected.jsonl"}
+    require(not (begun and changed), f"{out}: had other {' '.join(changed)}; give another --out")
     write_rows(out / "config.json", [settings])
     summary = saved_row(out / "summary.json")
     print(f"{out}: {'is finished' if summary else 'is under way'}")
@@ -1134,23 +1033,23 @@ def write_rows(path, rows):
 
 
 def saved_row(path):
-    """The first row of a file that write_rows wrote, {} without one. Raises UserError if damaged."""
+    """The first row of a file that write_rows wrote, {} if there is none. Raises UserError."""
     return next((row for _, row in read_rows(path)), {}) if path.exists() else {}
 
 
 # ---- The picture ---------------------------------------------------------------------------------
 def plot(runs, out):
-    """Draws the curves of finished runs into OUT/curves.png, and prints their last figures. A
-    folder of `run` counts as its two arms. Raises UserError."""
+    """Draws the curves of all trains in folders; prints their last figures. Raises UserError."""
     from matplotlib.figure import Figure  # here, since nothing else needs it
     axis = Figure(figsize=(8, 4), layout="constrained").subplots()
-    for path in runs:
-        for arm in [path / "vanilla", path / "rlep"] if (path / "rlep").exists() else [path]:
-            with blame(f"{arm}: no finished run of train; finish it, or leave it out"):
-                summary = saved_row(arm / "summary.json")
-                steps, shares = zip(*summary["curve"])
-                axis.plot(steps, shares, ".-", label=f"{summary['arm']} ({arm})")
-                print(f"{summary['arm']} ({arm}), step {steps[-1]}: mean@k {shares[-1]:.1%}")
+    for run in runs:
+        for path in sorted(run.rglob("summary.json"), reverse=True):
+            summary = saved_row(path)
+            if "curve" in summary:  # else it is that of a collection, or of a whole run
+                name, (steps, shares) = f"{summary['arm']} ({path.parent})", zip(*summary["curve"])
+                axis.plot(steps, shares, ".-", label=name)
+                print(f"{name}, step {steps[-1]}: mean@k {shares[-1]:.1%}")
+    require(axis.lines, f"{runs[0]}: no finished run of train")
     axis.set(xlabel="step", ylabel="held-out accuracy, mean@k")
     axis.legend()
     out.mkdir(parents=True, exist_ok=True)
@@ -1163,8 +1062,7 @@ MAY_BE_ZERO = {"seed", "bf16", "threads", "train_size", "replays", "lr_warmup_st
 
 
 def parse(argv):
-    """The command, the folders to plot, the settings. Raises UserError for settings that the method
-    or the command cannot mean; a bad flag ends with one line and status 2."""
+    """The command, the folders to plot, the settings. Raises UserError; bad flags, SystemExit."""
     text = f"{__doc__}\n{inspect.getsource(Config)}"  # the flags' help are the comments there
     parser = argparse.ArgumentParser("rlep.py", argparse.SUPPRESS, text, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1186,8 +1084,6 @@ def parse(argv):
     require(not config.pool or replays, "--pool: is for train, with --replays above 0")
     require(config.model or command in ("run", "train", "plot"), f"{command}: needs a --model")
     require(bool(runs) == (command == "plot"), "only plot takes folders, of finished runs")
-    if command != "run" and not config.pool:
-        config.replays = 0
     names = [Path(path).name for path in (config.model, config.data, config.pool) if path]
     config.out = config.out or f"runs/{'-'.join([command, *names])}-seed{config.seed}"
     return command, runs, config
@@ -1199,17 +1095,15 @@ def main(argv=None):
     try:
         command, runs, config = parse(argv)
         torch.set_num_threads(config.threads or torch.get_num_threads())
-        problems, held_out = load_problems(config) if command != "plot" else ([], [])
-        if command == "run":
-            run(config, problems, held_out)
-        elif command == "train":
-            train(config, problems, held_out)
+        if command == "plot":
+            plot(runs, Path(config.out))
         elif command == "collect":
-            collect(config, problems)
+            collect(config, load_problems(config)[0])
         elif command == "eval":
+            held_out = load_problems(config)[1]
             evaluate(Policy(config, held_out), held_out, config, config.model)
         else:
-            plot(runs, Path(config.out))
+            (run if command == "run" else train)(config, *load_problems(config))
         return 0
     except (UserError, OSError, ImportError) as error:
         message, status = "error: " + " ".join(str(error).split()), 2
@@ -1222,6 +1116,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # what a terminal cannot show must not end a run
+    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show must not end a run
     sys.exit(main())

@@ -1376,14 +1376,14 @@ def test_help(capsys):
         assert re.search(rf"^ +{flag.name}: \w+ = .+  # .{{10,}}", text, re.M)
 
 
-@pytest.mark.parametrize("found, flags, device, bf16, micro_tokens", [
-    ("cpu", [], "cpu", 0, 2048), ("cuda", [], "cuda", 1, 4096), ("mps", [], "mps", 0, 4096),
-    ("cuda", ["--device", "cpu"], "cpu", 0, 2048), ("cpu", ["--device", "cuda:1"], "cuda:1", 1, 4096),
-    ("cuda", ["--bf16", "0", "--micro_tokens", "7"], "cuda", 0, 7)])
-def test_settings_follow_the_device(found, flags, device, bf16, micro_tokens, monkeypatch):
-    monkeypatch.setattr(Config.__dataclass_fields__["device"], "default", found)
-    config = rlep.parse(["train", *flags])[2]
-    assert (config.device, config.bf16, config.micro_tokens) == (device, bf16, micro_tokens)
+def test_no_setting_follows_the_device(monkeypatch):
+    """Also on a machine with a GPU, --device cpu leaves nothing that is meant for it."""
+    monkeypatch.setattr(Config.__dataclass_fields__["device"], "default", "cuda")
+    found, cpu, other = (rlep.parse(["train", *flags])[2] for flags in
+                         ([], ["--device", "cpu"], ["--device", "cuda:1"]))
+    assert (found.device, cpu.device, other.device) == ("cuda", "cpu", "cuda:1")
+    for name in {flag.name for flag in fields(Config)} - {"device"}:
+        assert getattr(found, name) == getattr(cpu, name) == getattr(other, name)
 
 
 @pytest.fixture(scope="session")
@@ -1425,7 +1425,7 @@ BAD_NUMBERS = [
     ("--steps", "0"), ("--group_size", "0"), ("--collect_k", "0"), ("--k", "0"), ("--top_p", "0"),
     ("--temperature", "0"), ("--temperature", "inf"), ("--collect_temperature", "0"),
     ("--learning_rate", "nan"), ("--learning_rate", "-1"), ("--replays", "-1"), ("--steps", "many"),
-    ("--bf16", "-2"), ("--dual_clip", "-1"), ("--dual_clip", "0.5"), ("--dual_clip", "1"),
+    ("--bf16", "-1"), ("--dual_clip", "-1"), ("--dual_clip", "0.5"), ("--dual_clip", "1"),
     ("--overlong_buffer", "25"), ("--device", "tpu"), ("--device", "cuda")]
 BAD_WORDS = [  # the command, and what the line must name
     (["dance"], "dance"), (["train", "now"], "plot"), (["plot"], "folders"),
@@ -1439,7 +1439,7 @@ BAD_WORDS = [  # the command, and what the line must name
     (["train", "--model", "TINY", "DATA", "--train_size", "17"], "--train_size")]
 BAD_MODELS = [  # the folder, and what the line must name beside --model
     ("absent", "absent"), ("folder", "folder"), ("cut", "cut"), ("raises", "no system"),
-    ("silent", "nothing"), ("endless", "ends an answer"), ("no_tokenizer", "tokenizer"),
+    ("silent", "empty prompt"), ("endless", "no end token"), ("no_tokenizer", "tokenizer"),
     ("short", "positions"), ("layers", "missing")]
 BAD_DATA = [  # the file, and what the line must name
     ("folder", "folder"), ("absent", "absent"), ("empty", "empty"), ("blank", "blank"),
