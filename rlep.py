@@ -369,7 +369,7 @@ class Policy:
         stops = self.model.generation_config.eos_token_id or []
         self.ends = [self.end, *([stops] if isinstance(stops, int) else stops)]
         self.sampler = copy.deepcopy(self.model) if config.bf16 else self.model
-        self.autocast = torch.autocast(self.model.device.type, torch.bfloat16, enabled=config.bf16 > 0)
+        self.autocast = torch.autocast(self.model.device.type, torch.bfloat16, config.bf16 > 0)
 
     def find_end(self):
         """The token that ends an answer: with a chat template, the one that ends the assistant's

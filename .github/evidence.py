@@ -192,11 +192,12 @@ def draw_both(arms: dict, path: Path, highest: float = 100) -> None:
         step, mean = passed[0]
         axis.plot([step], [mean], "o", color=ORANGE, markersize=9, zorder=4)
         axis.annotate(f"RLEP passes vanilla RL's best\nafter {step} of {vanilla[-1][0]} steps",
-                      (step, mean), (-14, 28), textcoords="offset points", ha="right", color=ORANGE,
-                      fontsize=11)
+                      (step, mean), (40, -150), textcoords="offset points", color=ORANGE,
+                      fontsize=12, arrowprops={"arrowstyle": "-", "color": ORANGE})
     axis.set_xlabel("training step", color=GREY, fontsize=11)
     axis.set_ylabel("held-out accuracy, mean@4 (%)", color=GREY, fontsize=11)
-    axis.legend(loc="lower right", frameon=False, labelcolor="linecolor", fontsize=12)
+    axis.set_xticks([step for step, _ in vanilla[::2]])
+    axis.legend(loc="upper left", frameon=False, labelcolor="linecolor", fontsize=12)
     figure.savefig(path, dpi=130, transparent=True)
 
 
@@ -209,6 +210,7 @@ def draw_panels(arms: dict, path: Path) -> None:
         draw_arm(axis, arms[VANILLA], GREY, VANILLA, thin=False)
         draw_arm(axis, arms[name], BLUE, name, thin=False)
         tidy(axis)
+        axis.set_xticks(range(0, 49, 12))
         axis.set_title(name.replace(", then", ",\nthen").replace(", symm", ",\nsymm"), color=BLUE,
                        fontsize=11)
     figure.supxlabel("training step (grey: vanilla RL)", color=GREY, fontsize=11)
