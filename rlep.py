@@ -8,15 +8,16 @@ rlep.py plot RUN [RUN ...]        the curves of finished runs, and their last fi
 The method (section 3 of the paper; Eq. 1 and 5: group_advantages, Eq. 3 and 4: policy_loss):
     1. train: vanilla RL from the base model (GRPO, token mean, clip-higher)
     2. collect: that policy answers every question many times; what is correct fills the pool
-    3. train --pool: RL from the base model again; G fresh answers to a question and M from the
-       pool are one group with one baseline (make_groups)
+    3. train --pool: RL from the base model again; G fresh answers to a question and M of the pool
+       are one group with one baseline (make_groups)
 Not as in the authors' code (a fork of verl; they never published their collection):
     1. a question with fewer than M pool answers uses what it has; theirs adds empty ones scored -1
     2. a replay that is too long is left out; theirs is cut and loses its end token
     3. the token mean is over the whole mini-batch (Eq. 3: one group); theirs over a micro-batch
-    4. mini-batches are counted in questions, so 8 updates a rollout; theirs in answers of G, so 9
+    4. mini-batches are counted in questions, so 8 updates per rollout; theirs in answers of G, so 9
     5. lengths and masks are explicit; theirs follow from the padding token
-As there, but not in the paper: dual clip, unbiased std, and pi_old of replays (see policy_loss)."""
+    6. a mini-batch without gradient makes no step; in theirs, momentum and weight decay go on
+As there, but not in the paper: dual clip, unbiased std + 1e-6, pi_old of replays (policy_loss)."""
 import argparse
 import copy
 import fcntl
@@ -65,28 +66,28 @@ class Config:
     device: str = DEVICE  # cpu, cuda, cuda:1, mps ...; what torch finds is the default
     bf16: int = 0  # 1: bf16 arithmetic on fp32 weights, as is usual on a GPU; 0: all in fp32
     threads: int = 0  # CPU threads, 0: torch decides; a run repeats exactly on equal threads
-    prompts_per_step: int = 32  # questions a rollout, section 3.1 (paper: 512)
-    group_size: int = 16  # G, fresh answers a question (paper: 16)
+    prompts_per_step: int = 32  # questions per rollout, section 3.1 (paper: 512)
+    group_size: int = 16  # G, fresh answers per question (paper: 16)
     max_new_tokens: int = 52  # longest answer in tokens (paper: 3072)
     temperature: float = 1.0  # of training and evaluation (paper: 1.0)
-    top_p: float = 1.0  # nucleus of training and evaluation (paper: 1.0)
+    top_p: float = 1.0  # nucleus of training and evaluation (paper: 1.0); the loss ignores it
     sample_rows: int = 512  # answers sampled at once: fewer take less memory
     steps: int = 24  # rollouts, section 4.1, each with prompts_per_step / minibatch_prompts updates
-    minibatch_prompts: int = 4  # questions an update; a group is never split (paper: 64)
+    minibatch_prompts: int = 4  # questions per update; a group is never split (paper: 64)
     learning_rate: float = 5e-4  # of AdamW, constant after its warm-up (paper: 1e-6)
     lr_warmup_steps: int = 1  # steps in which the learning rate rises to that (paper: 10)
     clip_low: float = 0.2  # epsilon below a ratio of 1, Eq. 3 (paper: 0.2)
     clip_high: float = 0.28  # epsilon above a ratio of 1, Eq. 3 (paper: 0.28)
     dual_clip: float = 10.0  # largest ratio that counts where the advantage is negative; 0: off
     overlong_buffer: int = 0  # tokens before the limit in which length is penalised (paper: 512)
-    micro_tokens: int = 2048  # tokens a backward pass: bounds memory; on a GPU more are faster
+    micro_tokens: int = 2048  # tokens per backward pass: bounds memory; on a GPU more are faster
     save_every: int = 1  # steps from checkpoint to checkpoint
-    replays: int = 2  # M, replayed answers a group, section 3.2 (paper: 2)
-    collect_k: int = 32  # answers a question in collection (authors: 64)
+    replays: int = 2  # M, replayed answers per group, section 3.2 (paper: 2)
+    collect_k: int = 32  # answers per question in collection (authors: 64)
     collect_temperature: float = 0.7  # of collection (authors: 0.7)
     collect_top_p: float = 0.95  # nucleus of collection (authors: 0.95)
     eval_every: int = 3  # steps from evaluation to evaluation
-    k: int = 4  # answers a held-out question (paper: 32)
+    k: int = 4  # answers per held-out question (paper: 32)
     warmup_steps: int = 900  # supervised steps that make the tiny base model
 
 
@@ -107,7 +108,7 @@ class Answer:
     correct: bool = False
     reward: float = 0.0
     advantage: float = 0.0  # Eq. 5: one number for all its tokens
-    old_logprobs: Tensor | None = None  # (t,) log pi_old; None: the policy is still pi_old
+    old_logprobs: Tensor | None = None  # (t,) log pi_old; None: the policy is pi_old, or A is 0
 
 
 class UserError(Exception):
@@ -140,7 +141,7 @@ def overlong_penalty(length: int, limit: int, buffer: int, factor: float = 1.0) 
 def group_advantages(rewards: Tensor, group_ids: Tensor, eps: float = 1e-6) -> Tensor:
     """Eq. 1, and with replayed answers in the groups Eq. 5: (r - mean) / (std + eps) in each group.
     rewards (n,) floats, group_ids (n,) ints -> advantages (n,). The std is the unbiased one. Equal
-    rewards get exactly 0. A group of one has mean 0 and std 1. Why replay works: 16 failures (-1)
+    rewards get exactly 0. For a group of one, mean 0 and std 1. Why replay works: 16 failures (-1)
     beside 2 replayed successes (+1) get -0.34 and +2.75; 16 failures alone would teach nothing."""
     advantages = torch.zeros_like(rewards)
     for group in group_ids.unique():
@@ -157,12 +158,12 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
                 clip_low: float = 0.2, clip_high: float = 0.28, dual_clip: float | None = 10.0,
                 num_tokens: int | None = None):
     """Eq. 3 and 4 as a loss: minus the token mean of min(ratio A, clip(ratio, 1-low, 1+high) A).
-    logprobs, old_logprobs, mask (n, t), the mask 0/1 of any dtype; advantages (n,), one an answer.
+    logprobs, old_logprobs, mask (n, t), the mask 0/1 of any dtype; advantages (n,), one per answer.
     dual_clip (authors' code; 0 or None: off) keeps the objective above dual_clip A where A < 0.
-    num_tokens: of the whole mini-batch, if this is one of its micro-batches, whose losses add up.
-    Returns the loss and the shares of tokens that clip_low and clip_high decided. Old log-probs of
-    replayed answers are not those of the policy that wrote them but of the policy at the start of
-    the step, as in the authors' code: replay is imitation, weighted by A."""
+    num_tokens: the divisor, that of the whole mini-batch for a micro-batch: their losses add up.
+    Returns the loss and the shares of tokens clipped below (A < 0) and above (A > 0). A replayed
+    answer's old log-probs are not those of the policy that wrote it but of the policy at the start
+    of the step, as in the authors' code: replay is imitation, weighted by A."""
     mask, advantages = mask.bool(), advantages[:, None]  # (n, t), (n, 1): one for all its tokens
     num_tokens = num_tokens or int(mask.sum())
     # Padding may hold anything, and exp of it may be inf, which times mask 0 would still be NaN.
@@ -174,7 +175,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
         # min() sets no bound where a token of a bad answer has become likelier; this does.
         floor = torch.where(advantages < 0, dual_clip * advantages, -math.inf)
         objective = torch.maximum(objective, floor)
-    decided = mask & (clipped < unclipped)  # here the clip has the say, and the gradient is 0
+    decided = mask & (clipped < unclipped)  # here the clipped term counts, and the gradient is 0
     stats = {"clip_low": (decided & (advantages < 0)).sum().item() / num_tokens,
              "clip_high": (decided & (advantages > 0)).sum().item() / num_tokens}
     return -(objective * mask).sum() / num_tokens, stats
@@ -188,7 +189,7 @@ def score(problem, text):
 
 
 class ExperiencePool:
-    """Lists of verified answers, equal ones included; on disk in the authors' row format."""
+    """Verified answers by question, duplicates kept; on disk in the authors' row format."""
 
     def __init__(self):
         self.answers = {}  # {Problem: list of texts}
@@ -235,25 +236,25 @@ class ExperiencePool:
 def read_prompts(model, prompts: list[list[int]], owner: Tensor):
     """Runs all tokens of P prompts but the last through the model, padded on the left. Returns the
     key-value cache of rows, row i from prompt owner[i]; seen (rows, width), which columns of it
-    hold a token; and positions (rows,) of the last tokens, which are to be read next."""
+    hold a token; and position (rows,) of the last tokens, which are to be read next."""
     # An unseen 0 in front of each: a prompt of one token leaves nothing to read.
-    prefixes = [torch.tensor([0, *prompt[:-1]]) for prompt in prompts]
-    ids = pad_sequence(prefixes, batch_first=True, padding_side="left").to(model.device)
-    lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)
-    positions = torch.arange(-ids.shape[1], 0, device=model.device) + lengths[:, None]
-    seen, cache = positions >= 0, DynamicCache()
-    model.base_model(ids, attention_mask=seen, position_ids=positions.clamp(min=0),
+    rows = [torch.tensor([0, *prompt[:-1]]) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_side="left").to(model.device)  # (P, width)
+    position = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)
+    columns = torch.arange(-ids.shape[1], 0, device=model.device) + position[:, None]
+    seen, cache = columns >= 0, DynamicCache()  # the columns of a row count from its first token
+    model.base_model(ids, attention_mask=seen, position_ids=columns.clamp(min=0),
                      past_key_values=cache, use_cache=True)
     cache.batch_select_indices(owner)
     for layer in cache.layers:
-        layer.is_compileable = True  # spares looks at the masks, for which a GPU is waited for
-    return cache, seen[owner], lengths[owner]
+        layer.is_compileable = True  # else each call inspects the mask, and waits for a GPU
+    return cache, seen[owner], position[owner]
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float):
     """logits (rows, V) -> tokens (rows,): the best ones at temperature 0, else where the uniform
     numbers (rows,) in [0, 1) fall in the cumulative distributions of their rows. One number a row:
-    torch.multinomial would make an answer depend on its neighbours."""
+    torch.multinomial would make an answer depend on others in the batch."""
     if temperature == 0:
         return logits.argmax(-1)
     probs = torch.softmax(logits.float() / temperature, -1)
@@ -334,14 +335,14 @@ def response_logprobs(model, prompts: list[list[int]], responses: list[list[int]
 
 def micro_batches(answers, micro_tokens):
     """Lists of at most micro_tokens tokens, padding included, or of one longer answer. Answers of
-    advantage 0 have no gradient and are left out; those alike in prompt and length are together."""
+    advantage 0 have no gradient and are left out. Sorted, so that little of it is padding."""
     batches, longest = [], 0
     teaching = [answer for answer in answers if answer.advantage != 0]
     for answer in sorted(teaching, key=lambda a: (len(a.prompt), a.prompt, len(a.response))):
-        longest = max(longest, len(answer.prompt) + len(answer.response))
-        if not batches or (len(batches[-1]) + 1) * longest > micro_tokens:
+        longest = max(longest, len(answer.response))  # this prompt is the longest so far
+        if not batches or (len(batches[-1]) + 1) * (len(answer.prompt) + longest) > micro_tokens:
             batches.append([])
-            longest = len(answer.prompt) + len(answer.response)
+            longest = len(answer.response)
         batches[-1].append(answer)
     return batches
 
@@ -409,7 +410,7 @@ class Policy:
         return self.tokenizer.decode(response, skip_special_tokens=True)
 
     def sample(self, problems, k, config, *purpose):
-        """Yields (problem, k responses), which follow from seed, purpose, question and k alone."""
+        """Yields (problem, k responses). Random numbers follow from seed, purpose, question, k."""
         for mine, trained in zip(self.sampler.parameters(), self.model.parameters()):
             if mine is not trained:  # in fp32 it is; buffers, such as rotary angles, stay fp32
                 mine.data = trained.data.bfloat16()
@@ -424,9 +425,9 @@ class Policy:
 
     def logprobs(self, answers, temperature):
         """response_logprobs of answers (n, t) with its mask, in the arithmetic of the update."""
-        texts = [answer.prompt for answer in answers], [answer.response for answer in answers]
+        ids = [answer.prompt for answer in answers], [answer.response for answer in answers]
         with self.autocast:
-            return response_logprobs(self.model, *texts, temperature=temperature)
+            return response_logprobs(self.model, *ids, temperature=temperature)
 
     def save(self, folder):
         """Writes an ordinary Hugging Face folder, whole or not at all."""
@@ -450,10 +451,10 @@ def train_step(policy, optimizer, problems, pool, config, step):
     # 2. One baseline for all answers of a group, fresh and replayed (Eq. 5).
     for group in groups:
         rewards = torch.tensor([answer.reward for answer in group])
-        advantages = group_advantages(rewards, torch.zeros(len(group)))
+        advantages = group_advantages(rewards, torch.zeros(len(group)).int())
         for answer, advantage in zip(group, advantages.tolist()):
             answer.advantage = advantage
-    # 3. Old log-probs (pi_old) for all mini-batches but the first, which finds the policy as it is.
+    # 3. Old log-probs, before any update. The first mini-batch takes its own there (ratio 1).
     size = config.minibatch_prompts
     mini_batches = [sum(groups[first:first + size], []) for first in range(0, len(groups), size)]
     for batch in micro_batches(sum(mini_batches[1:], []), config.micro_tokens):
@@ -469,7 +470,7 @@ def train_step(policy, optimizer, problems, pool, config, step):
 
 
 def make_groups(policy, problems, pool, config, step):
-    """A group a question: G fresh answers and, with a pool, M replayed ones (section 3.2)."""
+    """A group per question: G fresh answers and up to M replayed ones (section 3.2)."""
     groups = []
     for problem, responses in policy.sample(problems, config.group_size, config, "rollout", step):
         prompt = policy.encode_prompt(problem)
@@ -491,7 +492,7 @@ def draw_replays(pool, problem, config, step):
 
 
 def update_policy(policy, optimizer, answers, config, rate):
-    """One optimizer step on a mini-batch (Eq. 4), whose micro-batches' losses add up. Metrics."""
+    """One optimizer step on a mini-batch (Eq. 4), none if all advantages are 0. Returns metrics."""
     num_tokens = sum(len(answer.response) for answer in answers)  # also those without gradient
     metrics = Counter(loss=0.0, clip_low=0.0, clip_high=0.0)
     for batch in micro_batches(answers, config.micro_tokens):
@@ -514,12 +515,12 @@ def update_policy(policy, optimizer, answers, config, rate):
 
 
 def learning_rate(config, step):
-    """Of a step, counted from 1: it rises in the first lr_warmup_steps, and then is constant."""
+    """The rate in a step (from 1): it rises over the first lr_warmup_steps, then is constant."""
     return config.learning_rate * min(1.0, step / max(1, config.lr_warmup_steps))
 
 
 def metrics_of(groups, updates, config):
-    """What a step's answers and updates were like, for metrics.jsonl; the README explains each."""
+    """The figures of a step's answers and updates, for metrics.jsonl; the README explains each."""
     fresh = [answer for group in groups for answer in group if not answer.replayed]
     teaching = [group for group in groups if any(answer.advantage for answer in group)]
     lengths = [len(answer.response) for answer in fresh]
@@ -533,7 +534,7 @@ def metrics_of(groups, updates, config):
         "truncated": lengths.count(config.max_new_tokens) / len(lengths),
         "replays": sum(map(len, groups)) - len(fresh),
         "zero_variance": 1 - len(teaching) / len(groups),
-        "trained_tokens": sum(len(a.response) for group in teaching for a in group if a.advantage),
+        "trained_tokens": sum(len(a.response) for group in groups for a in group if a.advantage),
     }
     for name in ("loss", "clip_low", "clip_high", "grad_norm", "skipped"):
         values = [update[name] for update in updates if name in update]  # of those not skipped
@@ -576,16 +577,15 @@ def evaluate(policy, problems, config, title):
         extracted.append([extract_answer(text) for text in texts])
         example = example or f"{problem.question!r} ({problem.gold}): {texts[0][-300:]!r}"
     mean, interval = mean_at_k(correct)
-    majority, some = maj_at_k(extracted, correct), pass_at_k(correct, config.k)
+    majority, passed = maj_at_k(extracted, correct), pass_at_k(correct, config.k)
     tqdm.write(f"{title}: mean@{config.k} {mean:.1%} ({interval[0]:.1%} to {interval[1]:.1%}), "
-               f"maj@{config.k} {majority:.1%}, pass@{config.k} {some:.1%}\n    {example}")
-    return {"mean_at_k": mean, "ci95": interval, "maj_at_k": majority, "pass_at_k": some}
+               f"maj@{config.k} {majority:.1%}, pass@{config.k} {passed:.1%}\n    {example}")
+    return {"mean_at_k": mean, "ci95": interval, "maj_at_k": majority, "pass_at_k": passed}
 
 
 # ---- The phases ----------------------------------------------------------------------------------
 def train(config, problems, held_out):
-    """One arm from the base model (step 0): RLEP with --pool, vanilla RL without. Leaves OUT/policy
-    and OUT/summary.json, which is returned."""
+    """One arm from the base model: RLEP with --pool, else vanilla RL. Returns OUT/summary.json."""
     out, summary = Path(config.out), open_folder("train", config, problems + held_out)
     if summary and (out / "policy").exists():
         return summary
@@ -600,7 +600,7 @@ def train(config, problems, held_out):
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
             policy.model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["adam"])
-            rows = [{**row} for row in state["rows"]]  # the metrics of the steps up to it
+            rows = [dict(row) for row in state["rows"]]  # the metrics of the steps up to it
     for step in tqdm(range(len(rows), config.steps + 1), arm, config.steps + 1, initial=len(rows)):
         row, last = {"step": step}, step == config.steps
         if step > 0:
@@ -623,7 +623,7 @@ def train(config, problems, held_out):
 
 
 def questions_of_step(problems, config, step):
-    """The same in both arms: shuffled epochs, each less the rest that does not fill a step."""
+    """The same in both arms: shuffled epochs, without what does not fill a last step."""
     size = min(config.prompts_per_step, len(problems))
     epoch, place = divmod(step - 1, len(problems) // size)
     rng = random.Random(seed_of(config.seed, "order", epoch))
@@ -631,20 +631,20 @@ def questions_of_step(problems, config, step):
 
 
 def load_replays(policy, problems, config):
-    """The answers of --pool to training questions, verified by the gold there and not too long."""
+    """The answers of --pool to training questions, verified against both golds and not too long."""
     stored, pool = ExperiencePool.load(config.pool), ExperiencePool()
     for problem in problems:
         for text in stored.answers.get(problem, []):
             if len(policy.encode_answer(text)) <= config.max_new_tokens:
                 pool.add(problem.question, problem.gold, text, problem.chat)
     require(pool.answers, f"{config.pool}: no answer to a question of the --data; give its own")
-    print(f"{config.pool}: {len(pool)} of {len(stored)} answers serve; others: too long or foreign")
+    print(f"{config.pool}: {len(pool)} of {len(stored)} serve; others: foreign, wrong or too long")
     return pool
 
 
 def collect(config, problems):
     """Experience collection (section 3.2): --model answers every question K times. What is correct
-    and not cut goes into OUT/pool.jsonl, if a question has two of them. Returns the summary."""
+    and not cut goes into OUT/pool.jsonl, for questions with at least two. Returns the summary."""
     out = Path(config.out)
     open_folder("collect", config, problems)
     policy = Policy(config, problems)
@@ -661,9 +661,7 @@ def collect(config, problems):
                     pool.add(problem.question, problem.gold, policy.decode(response), problem.chat)
         pool.save(unfinished)
     pool.answers = {problem: texts for problem, texts in pool.answers.items() if len(texts) >= 2}
-    if not pool.answers:
-        unfinished.unlink()  # so that another --collect_k may be given
-    require(pool.answers, f"{policy.name}: solves no question twice; raise --collect_k")
+    require(pool.answers, f"{out}: no question is solved twice; delete it and raise --collect_k")
     pool.save(out / "pool.jsonl")
     summary = {"questions": len(pool.answers), "answers": len(pool)}
     write_rows(out / "summary.json", [summary])
@@ -674,13 +672,13 @@ def run(config, problems, held_out):
     """The whole method: base model, vanilla RL, collection, RLEP from the base, both curves."""
     out = Path(config.out)
     open_folder("run", config, problems + held_out)
-    own = replace(config, model=config.model or make_base(config, out / "base"), replays=0)
-    vanilla = train(replace(own, out=f"{out}/vanilla"), problems, held_out)
-    pool = collect(replace(own, out=f"{out}/collection", model=f"{out}/vanilla/policy"), problems)
+    config = replace(config, model=config.model or make_base(config, out / "base"))
+    vanilla = train(replace(config, out=f"{out}/vanilla"), problems, held_out)
+    seed_policy = replace(config, out=f"{out}/collection", model=f"{out}/vanilla/policy", replays=0)
+    collected = collect(seed_policy, problems)
     shutil.copy(out / "collection/pool.jsonl", out)
-    own = replace(own, out=f"{out}/rlep", pool=f"{out}/pool.jsonl", replays=config.replays)
-    rlep = train(own, problems, held_out)
-    write_rows(out / "summary.json", [{**pool, "vanilla": vanilla, "rlep": rlep}])
+    rlep = train(replace(config, out=f"{out}/rlep", pool=f"{out}/pool.jsonl"), problems, held_out)
+    write_rows(out / "summary.json", [{**collected, "vanilla": vanilla, "rlep": rlep}])
     plot([out], out)
 
 
@@ -734,7 +732,8 @@ def load_problems(config):
     size, train_size = config.eval_size, config.train_size or (0 if config.data else 512)
     problems = read(config.data) if config.data else embedded_problems(train_size + size, seed=0)
     held_out = read(config.eval_data)[:size] if config.eval_data else problems[-size:]
-    problems = [problem for problem in problems if problem not in set(held_out)]
+    kept_aside = set(held_out)
+    problems = [problem for problem in problems if problem not in kept_aside]
     require(held_out and len(problems) >= max(1, train_size), f"{config.data} {config.eval_data}: "
             "too few problems; lower --train_size or --eval_size")
     return problems[:train_size or None], held_out
@@ -752,7 +751,7 @@ def embedded_problems(number, seed):
 
 
 def write_working(question, rng):
-    """A working, as 3*7=1,4*9=6,1+6=7\\boxed{7}, from either end; one result in twenty is wrong."""
+    """A working, as 3*7=1,9*4=6,1+6=7\\boxed{7}, from either end; one result in twenty is wrong."""
     steps, total = [], None
     def work(a, sign, b):
         result = a * b if sign == "*" else a + b
@@ -785,8 +784,9 @@ def save_untrained(folder, seed):
 
 
 def make_base(config, folder):
-    """The embedded base model's folder. It can work but gives up: three examples in four teach how
-    begun workings go on, one how to begin: by giving up or, the rarer the longer, by working."""
+    """The embedded base model's folder. It could solve problems, but nearly always gives up: three
+    examples in four teach how a begun working goes on; one, how to begin: by giving up or, more
+    rarely the longer the question, by working."""
     if (folder / "policy").exists():
         return str(folder / "policy")
     save_untrained(folder / "initial", seed_of(config.seed, "weights"))
@@ -805,7 +805,7 @@ def make_base(config, folder):
             answers.append(Answer(prompt, policy.encode_answer(text), advantage=1.0))
         done = (step + 1) / config.warmup_steps
         rate = 4e-3 * min(10 * done, 0.5 + 0.5 * math.cos(math.pi * done))  # up a tenth, then down
-        update_policy(policy, optimizer, answers, config, rate)
+        update_policy(policy, optimizer, answers, config, rate)  # ratio 1, A = 1: supervised
     policy.save(folder / "policy")
     return str(folder / "policy")
 
@@ -986,7 +986,7 @@ def check_model(model, name, longest):
 
 
 # ---- Run folders ---------------------------------------------------------------------------------
-# What moves rounding, memory or files only may change in a run, and so may what is for later.
+# Flags that only move rounding, memory or files may change in a run; so may those for later.
 FREE = {"out", "device", "threads", "sample_rows", "micro_tokens", "save_every", "data",
         "eval_data"}
 LATER = {"collect_k", "collect_temperature", "collect_top_p", "replays"}
@@ -1027,7 +1027,7 @@ def written_whole(path):
 
 
 def write_rows(path, rows):
-    """Writes a JSON line a row, the whole file or nothing."""
+    """Writes one JSON line per row, the whole file or nothing."""
     with written_whole(path) as unfinished:
         unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

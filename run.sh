@@ -44,5 +44,5 @@ case "${1:-run}" in
     test) shift; exec "$python" -m pytest -q "$@" ;;
     evidence) evidence ;;
     bench) shift; exec "$python" .github/bench.py "$@" ;;
-    *) exec "$python" rlep.py "$@" ;;
+    *) echo "run.sh: loading torch" >&2; exec "$python" rlep.py "$@" ;;
 esac
