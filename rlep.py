@@ -898,7 +898,7 @@ def extract_answer(response: str) -> str | None:
         *_, announced = ["", *re.findall(MARKER, text)]  # what follows the last one
         answer = re.split(END, announced)[0].strip(" *,")
         beside = "|" + announced[len(answer):][:60]
-    usable = re.search(r"(?:[^\W_]|\\[{e])(\\,|[^,])*$", answer) and len(answer) < 300
+    usable = re.search(r"(?:[^\W_]|[∅∞]|\\[{e])(\\,|[^,])*$", answer) and len(answer) < 300
     return answer if usable and not re.search(HEDGE, beside) else None
 
 
