@@ -8,8 +8,7 @@ rlep.py plot RUN [RUN ...]        the curves of finished runs, and their last fi
 The method (section 3 of the paper; Eq. 1 and 5: group_advantages, Eq. 3 and 4: policy_loss):
     1. train: vanilla RL from the base model (GRPO, token mean, clip-higher)
     2. collect: that policy answers every question many times; what is correct fills the pool
-    3. train --pool: RL from the base model again; G fresh answers to a question and M of the pool
-       are one group with one baseline (make_groups)
+    3. train --pool: RL from the base model again; G fresh and M pool answers share a baseline
 Not as in the authors' code (a fork of verl; they never published their collection):
     1. a question with fewer than M pool answers uses what it has; theirs adds empty ones scored -1
     2. a replay that is too long is left out; theirs is cut and loses its end token
@@ -71,7 +70,7 @@ class Config:
     max_new_tokens: int = 52  # longest answer in tokens (paper: 3072)
     temperature: float = 1.0  # of training and evaluation (paper: 1.0)
     top_p: float = 1.0  # nucleus of training and evaluation (paper: 1.0); the loss ignores it
-    sample_rows: int = 512  # answers sampled at once: fewer take less memory
+    sample_rows: int = 512  # answers sampled at once, of whole questions: fewer take less memory
     steps: int = 24  # rollouts, section 4.1, each with prompts_per_step / minibatch_prompts updates
     minibatch_prompts: int = 4  # questions per update; a group is never split (paper: 64)
     learning_rate: float = 5e-4  # of AdamW, constant after its warm-up (paper: 1e-6)
@@ -95,7 +94,7 @@ class Config:
 class Problem:
     """A question with its gold answer, which counts neither in comparisons nor in seeds."""
     question: str
-    gold: str = field(compare=False, repr=False)
+    gold: str = field(compare=False, repr=False)  # no repr: see seed_of
     chat: tuple[tuple[str, str], ...] = ()  # (role, text) messages before the question
 
 
@@ -175,9 +174,9 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
         # min() sets no bound where a token of a bad answer has become likelier; this does.
         floor = torch.where(advantages < 0, dual_clip * advantages, -math.inf)
         objective = torch.maximum(objective, floor)
-    decided = mask & (clipped < unclipped)  # here the clipped term counts, and the gradient is 0
-    stats = {"clip_low": (decided & (advantages < 0)).sum().item() / num_tokens,
-             "clip_high": (decided & (advantages > 0)).sum().item() / num_tokens}
+    is_clipped = mask & (clipped < unclipped)  # here the clipped term counts, and the gradient is 0
+    stats = {"clip_low": (is_clipped & (advantages < 0)).sum().item() / num_tokens,
+             "clip_high": (is_clipped & (advantages > 0)).sum().item() / num_tokens}
     return -(objective * mask).sum() / num_tokens, stats
 
 
@@ -237,17 +236,17 @@ def read_prompts(model, prompts: list[list[int]], owner: Tensor):
     """Runs all tokens of P prompts but the last through the model, padded on the left. Returns the
     key-value cache of rows, row i from prompt owner[i]; seen (rows, width), which columns of it
     hold a token; and position (rows,) of the last tokens, which are to be read next."""
-    # An unseen 0 in front of each: a prompt of one token leaves nothing to read.
+    # The 0 in front is never seen; without it, a prompt of one token would leave an empty row.
     rows = [torch.tensor([0, *prompt[:-1]]) for prompt in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_side="left").to(model.device)  # (P, width)
     position = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)
-    columns = torch.arange(-ids.shape[1], 0, device=model.device) + position[:, None]
-    seen, cache = columns >= 0, DynamicCache()  # the columns of a row count from its first token
-    model.base_model(ids, attention_mask=seen, position_ids=columns.clamp(min=0),
+    places = torch.arange(-ids.shape[1], 0, device=model.device) + position[:, None]
+    seen, cache = places >= 0, DynamicCache()  # a row's first token has place 0, padding less
+    model.base_model(ids, attention_mask=seen, position_ids=places.clamp(min=0),
                      past_key_values=cache, use_cache=True)
     cache.batch_select_indices(owner)
     for layer in cache.layers:
-        layer.is_compileable = True  # else each call inspects the mask, and waits for a GPU
+        layer.is_compileable = True  # else each call looks at the mask, and waits for a GPU
     return cache, seen[owner], position[owner]
 
 
@@ -274,7 +273,7 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
             pad_token_id: int, seeds: list[int] | None = None):
     """Samples group_size answers to each prompt, all as token ids: a list (one per prompt) of
     group_size lists, with the end token where it was reached. A prompt is read once for its group;
-    finished answers leave the batch. seeds: one a prompt. Calls read_prompts and sample_tokens."""
+    finished answers leave the batch. seeds: one per prompt. Calls read_prompts, sample_tokens."""
     model.eval()
     owner = torch.arange(len(prompts), device=model.device).repeat_interleave(group_size)
     cache, seen, position = read_prompts(model, prompts, owner)  # from here on a row is an answer
@@ -313,7 +312,7 @@ def response_logprobs(model, prompts: list[list[int]], responses: list[list[int]
                       temperature: float = 1.0):
     """log pi_theta of every response token: n prompts, n responses -> logprobs (n, t), mask (n, t).
     Prompts are read as in sampling, each distinct one once, but with gradient. The logits must be
-    a product of the last hidden state. Calls read_prompts."""
+    the output embedding of the last hidden state, as check_model tests. Calls read_prompts."""
     distinct = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
     owner = torch.tensor([distinct.index(prompt) for prompt in prompts], device=model.device)
     cache, seen, position = read_prompts(model, distinct, owner)
@@ -336,13 +335,14 @@ def response_logprobs(model, prompts: list[list[int]], responses: list[list[int]
 def micro_batches(answers, micro_tokens):
     """Lists of at most micro_tokens tokens, padding included, or of one longer answer. Answers of
     advantage 0 have no gradient and are left out. Sorted, so that little of it is padding."""
-    batches, longest = [], 0
+    batches, longest_response = [], 0
     teaching = [answer for answer in answers if answer.advantage != 0]
     for answer in sorted(teaching, key=lambda a: (len(a.prompt), a.prompt, len(a.response))):
-        longest = max(longest, len(answer.response))  # this prompt is the longest so far
-        if not batches or (len(batches[-1]) + 1) * (len(answer.prompt) + longest) > micro_tokens:
+        longest_response = max(longest_response, len(answer.response))
+        width = len(answer.prompt) + longest_response  # sorted: no prompt before was longer
+        if not batches or (len(batches[-1]) + 1) * width > micro_tokens:
             batches.append([])
-            longest = len(answer.response)
+            longest_response = len(answer.response)
         batches[-1].append(answer)
     return batches
 
@@ -410,9 +410,9 @@ class Policy:
         return self.tokenizer.decode(response, skip_special_tokens=True)
 
     def sample(self, problems, k, config, *purpose):
-        """Yields (problem, k responses). Random numbers follow from seed, purpose, question, k."""
+        """Yields (problem, k responses). purpose, as "rollout", step, is a part of every seed."""
         for mine, trained in zip(self.sampler.parameters(), self.model.parameters()):
-            if mine is not trained:  # in fp32 it is; buffers, such as rotary angles, stay fp32
+            if mine is not trained:  # with bf16; else both are one. Rotary angles stay fp32
                 mine.data = trained.data.bfloat16()
         size = max(1, config.sample_rows // k)
         for start in range(0, len(problems), size):
@@ -454,7 +454,7 @@ def train_step(policy, optimizer, problems, pool, config, step):
         advantages = group_advantages(rewards, torch.zeros(len(group)).int())
         for answer, advantage in zip(group, advantages.tolist()):
             answer.advantage = advantage
-    # 3. Old log-probs, before any update. The first mini-batch takes its own there (ratio 1).
+    # 3. Old log-probs, before any update; the first mini-batch's are made in its own (ratio 1).
     size = config.minibatch_prompts
     mini_batches = [sum(groups[first:first + size], []) for first in range(0, len(groups), size)]
     for batch in micro_batches(sum(mini_batches[1:], []), config.micro_tokens):
@@ -479,7 +479,8 @@ def make_groups(policy, problems, pool, config, step):
             group.append(Answer(prompt, policy.encode_answer(text), replayed=True))
         for answer in group:
             reward = score(problem, policy.decode(answer.response))
-            answer.correct, answer.reward = reward > 0, reward + overlong_penalty(
+            answer.correct = reward > 0
+            answer.reward = reward + overlong_penalty(
                 len(answer.response), config.max_new_tokens, config.overlong_buffer)
         groups.append(group)
     return groups
@@ -509,7 +510,7 @@ def update_policy(policy, optimizer, answers, config, rate):
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0).item()  # paper: 1.0
     if math.isfinite(norm):
         optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
+        optimizer.step()  # where no answer had a gradient, there is none, and nothing changes
     optimizer.zero_grad()
     return {**metrics, "grad_norm": norm, "skipped": 0} if math.isfinite(norm) else {"skipped": 1}
 
@@ -524,7 +525,7 @@ def metrics_of(groups, updates, config):
     fresh = [answer for group in groups for answer in group if not answer.replayed]
     teaching = [group for group in groups if any(answer.advantage for answer in group)]
     lengths = [len(answer.response) for answer in fresh]
-    # They estimate the policy's entropy, over the tokens of fresh answers that have a gradient.
+    # Their mean estimates the entropy, over the tokens of fresh answers that have a gradient.
     surprise = [-answer.old_logprobs for answer in fresh if answer.old_logprobs is not None]
     metrics = {
         "accuracy": fmean(answer.correct for answer in fresh),
@@ -537,7 +538,7 @@ def metrics_of(groups, updates, config):
         "trained_tokens": sum(len(a.response) for group in groups for a in group if a.advantage),
     }
     for name in ("loss", "clip_low", "clip_high", "grad_norm", "skipped"):
-        values = [update[name] for update in updates if name in update]  # of those not skipped
+        values = [update[name] for update in updates if name in update]  # if its gradient is finite
         metrics[name] = fmean(values) if values else None
     return metrics
 
@@ -568,7 +569,7 @@ def maj_at_k(answers: list[list[str | None]], correct: list[list[bool]]):
 
 
 def evaluate(policy, problems, config, title):
-    """k answers to each problem; prints one of them. One policy and seed always give one result."""
+    """k answers to each problem; prints one of them. Policy, seed and settings decide it."""
     correct, extracted, example = [], [], ""
     sampled = policy.sample(problems, config.k, config, "evaluation")
     for problem, responses in tqdm(sampled, "evaluation", len(problems), leave=False):
@@ -600,7 +601,7 @@ def train(config, problems, held_out):
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
             policy.model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["adam"])
-            rows = [dict(row) for row in state["rows"]]  # the metrics of the steps up to it
+            rows = list(state["rows"])  # the metrics of the steps up to it
     for step in tqdm(range(len(rows), config.steps + 1), arm, config.steps + 1, initial=len(rows)):
         row, last = {"step": step}, step == config.steps
         if step > 0:
@@ -623,7 +624,7 @@ def train(config, problems, held_out):
 
 
 def questions_of_step(problems, config, step):
-    """The same in both arms: shuffled epochs, without what does not fill a last step."""
+    """The same in both arms: shuffled epochs, each without its incomplete rest."""
     size = min(config.prompts_per_step, len(problems))
     epoch, place = divmod(step - 1, len(problems) // size)
     rng = random.Random(seed_of(config.seed, "order", epoch))
@@ -631,7 +632,7 @@ def questions_of_step(problems, config, step):
 
 
 def load_replays(policy, problems, config):
-    """The answers of --pool to training questions, verified against both golds and not too long."""
+    """Answers of --pool to training questions, right by the pool's and their gold, not too long."""
     stored, pool = ExperiencePool.load(config.pool), ExperiencePool()
     for problem in problems:
         for text in stored.answers.get(problem, []):
@@ -649,8 +650,8 @@ def collect(config, problems):
     open_folder("collect", config, problems)
     policy = Policy(config, problems)
     settings = replace(config, temperature=config.collect_temperature, top_p=config.collect_top_p)
-    unfinished = out / "collected.jsonl"  # all questions asked so far, also those without answers
-    pool = ExperiencePool.load(unfinished) if unfinished.exists() else ExperiencePool()
+    asked = out / "collected.jsonl"  # all questions asked so far, also those without answers
+    pool = ExperiencePool.load(asked) if asked.exists() else ExperiencePool()
     rest = [problem for problem in problems if problem not in pool.answers]
     for first in tqdm(range(0, len(rest), config.prompts_per_step), "collection"):
         batch = rest[first:first + config.prompts_per_step]
@@ -659,7 +660,7 @@ def collect(config, problems):
             for response in responses:
                 if response[-1] in policy.ends:
                     pool.add(problem.question, problem.gold, policy.decode(response), problem.chat)
-        pool.save(unfinished)
+        pool.save(asked)
     pool.answers = {problem: texts for problem, texts in pool.answers.items() if len(texts) >= 2}
     require(pool.answers, f"{out}: no question is solved twice; delete it and raise --collect_k")
     pool.save(out / "pool.jsonl")
@@ -734,8 +735,8 @@ def load_problems(config):
     held_out = read(config.eval_data)[:size] if config.eval_data else problems[-size:]
     kept_aside = set(held_out)
     problems = [problem for problem in problems if problem not in kept_aside]
-    require(held_out and len(problems) >= max(1, train_size), f"{config.data} {config.eval_data}: "
-            "too few problems; lower --train_size or --eval_size")
+    enough = held_out and len(problems) >= max(1, train_size)
+    require(enough, f"--data {config.data} {config.eval_data}: too few; lower --train_size")
     return problems[:train_size or None], held_out
 
 
@@ -785,8 +786,7 @@ def save_untrained(folder, seed):
 
 def make_base(config, folder):
     """The embedded base model's folder. It could solve problems, but nearly always gives up: three
-    examples in four teach how a begun working goes on; one, how to begin: by giving up or, more
-    rarely the longer the question, by working."""
+    examples in four teach how a begun working goes on, one how to begin: mostly by giving up."""
     if (folder / "policy").exists():
         return str(folder / "policy")
     save_untrained(folder / "initial", seed_of(config.seed, "weights"))
@@ -878,7 +878,7 @@ def verify(response: str, gold: str) -> bool:
         if answer == gold:
             return True
         to_do, allowed = [], []
-        value = read(TOKEN.findall("{%s}" % answer)[::-1], to_do)  # a set; reversed, for pop
+        value = read(TOKEN.findall("{%s}" % answer)[::-1], to_do)  # a set; pop takes the last
         wanted = read(TOKEN.findall("{%s}" % gold)[::-1], allowed)
         return made_up(value) == made_up(wanted) and len(to_do) <= len(allowed)
     except Exception:  # what cannot be read equals nothing
@@ -989,13 +989,13 @@ def check_model(model, name, longest):
 # Flags that only move rounding, memory or files may change in a run; so may those for later.
 FREE = {"out", "device", "threads", "sample_rows", "micro_tokens", "save_every", "data",
         "eval_data"}
-LATER = {"collect_k", "collect_temperature", "collect_top_p", "replays"}
+LATER = {"collect_k", "collect_temperature", "collect_top_p", "replays"}  # not for vanilla RL
 
 
 def open_folder(command, config, problems):
     """Makes or reopens a run's folder; returns its summary, {} if unfinished. Raises UserError."""
-    out, golds = Path(config.out), [(problem, problem.gold) for problem in problems]
-    settings = {"command": command, **asdict(config), "problems": seed_of(golds)}
+    out, pairs = Path(config.out), [(problem, problem.gold) for problem in problems]
+    settings = {"command": command, **asdict(config), "problems": seed_of(pairs)}
     out.mkdir(parents=True, exist_ok=True)
     found = {file.name for file in out.iterdir()} - {"lock", "config.json.partial"}
     old = saved_row(out / "config.json")
