@@ -735,8 +735,8 @@ def load_problems(config):
     held_out = read(config.eval_data)[:size] if config.eval_data else problems[-size:]
     kept_aside = set(held_out)
     problems = [problem for problem in problems if problem not in kept_aside]
-    enough = held_out and len(problems) >= max(1, train_size)
-    require(enough, f"--data {config.data} {config.eval_data}: too few; lower --train_size")
+    fits = held_out and len(problems) >= max(1, train_size)
+    require(fits, f"{config.data} {config.eval_data}: too small; lower --train_size or --eval_size")
     return problems[:train_size or None], held_out
 
 
