@@ -182,8 +182,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
 
 # ---- Reward and experience pool (section 3.2) ----------------------------------------------------
 def score(problem, text):
-    """The reward of an answer's text: +1 if it is right, else -1. Your own reward goes here: what
-    is above 0 counts as correct in training, in the pool and in evaluation alike."""
+    """The reward of a text: +1 if right, else -1. Your own goes here; above 0 counts as right."""
     return 1.0 if verify(text, problem.gold) else -1.0
 
 
@@ -995,7 +994,8 @@ LATER = {"collect_k", "collect_temperature", "collect_top_p", "replays"}  # not 
 def open_folder(command, config, problems):
     """Makes or reopens a run's folder; returns its summary, {} if unfinished. Raises UserError."""
     out, pairs = Path(config.out), [(problem, problem.gold) for problem in problems]
-    settings = {"command": command, **asdict(config), "problems": seed_of(pairs)}
+    pool = hashlib.sha256(Path(config.pool).read_bytes()).digest() if config.pool else b""
+    settings = {"command": command, **asdict(config), "files": seed_of(pairs, pool)}
     out.mkdir(parents=True, exist_ok=True)
     found = {file.name for file in out.iterdir()} - {"lock", "config.json.partial"}
     old = saved_row(out / "config.json")

@@ -820,44 +820,42 @@ SAME = [
     (r"1\text{ hour}", r"1\text{ hours}"), (r"75^\circ", "75"), (r"75^{\circ}", "75°"),
     (r"\sqrt[3]{6}", "6^{1/3}"), (r"\frac{1}{\sqrt{5}}", r"\frac{\sqrt5}{5}"), ("−31", "-31"),
     (r"2+\sqrt{7}", r"\sqrt7+2"), (r"2 \sin b", r"2\sin{b}"), ("[3,8)", "[3, 8)"), ("C. 12", "C"),
-    ("(4,-1)", r"\left( 4, -1 \right)"), ("(x,y)=(4,-1)", "(4,-1)"), ("(0.5,3)", r"(\frac12,3)"),
-    ("(1,2),(3,4)", "(3,4),(1,2)"), (r"(-\infty,\frac12]", r"(-\infty,0.5]"), (r"\pm 6", "6,-6"),
-    (r"(1,\infty)\cup(-3,0)", r"(-3,0)\cup (1,\infty)"), (r"x=\pm 6", "-6,6"), (r"\text{no}", "no"),
-    (r"\left\{\frac12, 4\right\}", r"\{4, 0.5\}"), (r"\text{(B)}", "B"), ("(D)", r"\textbf{D}"),
-    (r"2\pm\sqrt3", r"2-\sqrt{3}, 2+\sqrt{3}"), (r"4 \text{ or } 9", "9,4"), ("312_{5}", "312_5"),
+    ("(x,y)=(4,-1)", "(4,-1)"), ("(0.5,3)", r"(\frac12,3)"), ("(1,2),(3,4)", "(3,4),(1,2)"),
+    (r"(-\infty,\frac12]", r"(-\infty,0.5]"), (r"\pm 6", "6,-6"), (r"x=\pm 6", "-6,6"),
+    (r"(1,\infty)\cup(-3,0)", r"(-3,0)\cup (1,\infty)"), (r"\text{no}", "no"), (r"\text{(B)}", "B"),
+    (r"\left\{\frac12, 4\right\}", r"\{4, 0.5\}"), ("(D)", r"\textbf{D}"), ("312_{5}", "312_5"),
+    (r"2\pm\sqrt3", r"2-\sqrt{3}, 2+\sqrt{3}"), (r"4 \text{ or } 9", "9,4"), ("7:30", "7 : 30"),
     (r"4, 6, \text{ and } 9", "9,6,4"), (r"\text{Tuesday}", "Tuesday"), (r"\text{EVEN}", "even"),
     (r"\begin{pmatrix}1\\-4\end{pmatrix}", r"\begin{pmatrix} 1.0 \\ -4 \end{pmatrix}"),
-    ("2^{10000}", "2^{10000}"), ("7:30", "7 : 30"), ("f(x)=x+1", "x+1"), ("a^2-b^2", "(a-b)(a+b)"),
+    ("2^{10000}", "2^{10000}"), ("f(x)=x+1", "x+1"), ("a^2-b^2", "(a-b)(a+b)"), ("60 km/h", "60"),
     (r"17\text{ cm}", r"17\text{ cm}"), (r"3 \times 10^{8}", "3e8"), (r"\frac{6}{4}", r"\frac32"),
     (r"\frac{\sqrt8}{2}", r"\sqrt2"), ("y=4,x=3", "x=3,y=4"), (r"8\text{ apples}", "8"),
-    (r"12\text{ cm²}", "12"), ("60 km/h", "60"), (r"\mathbf{(3,4)}", "(3,4)"), ("y+z=5", "5=y+z"),
-    ("84÷2", "84/2"), ("x**2", "x²"), ("x×y", "xy"), (r"x\leq 4", "x<=4"), ("2*pi", "2π"),
-    (r"\emptyset", r"\varnothing"), (r"x\geq 4", "x>=4"), ("sqrt(3)", r"\sqrt3")]
+    (r"12\text{ cm²}", "12"), (r"\mathbf{(3,4)}", "(3,4)"), ("y+z=5", "5=y+z"), ("84÷2", "84/2"),
+    ("x**2", "x²"), (r"x\leq 4", "x<=4"), ("2*pi", "2π"), (r"\emptyset", r"\varnothing"),
+    ("sqrt(3)", r"\sqrt3")]
 DIFFERENT = [
-    (r"5\text{ tenths}", "5"), (r"5\text{ million}", "5"), (r"5\ 6", "56"), ("5 6", "30"),
-    (r"\infty-\infty", "0"), ("CAB", "ACB"), ("on", "no"), ("5...", "5"), ("x", "X"), ("2^3", "23"),
-    (r"5\text{ dozen}", "5"), (r"\sqrt{10^{40}+1}", "10^{20}"), ("0.33", r"\frac13"), ("2³", "23"),
-    ("10^{15}+1", r"10^{15}+\sqrt2"), ("3.14", r"\pi"), (r"26\text{ cm}", r"26\text{ km}"),
-    (r"12^2\text{ cm}", "12"), (r"\$18", r"18\text{ cents}"), (r"3\cdot\frac12", r"3\frac12"),
-    ("^{1}2", "12"), (r"\frac{1}{2}", r"\frac{2}{1}"), (r"2\sqrt3", r"\sqrt{23}"), ("6x", "6"),
-    ("6xyz", "6"), ("x=5y", "5"), (r"\sqrt{4+9}", r"\sqrt4+\sqrt9"), ("3,3", "3,-3"), ("5-", "5"),
-    ("(1,2)", "[1,2]"), ("(1,2,3)", "(1,2)"), ("[2,5)", "[2,5]"), (r"x\le 4", r"x\ge 4"),
-    (r"12\\13", "12"), (r"\text{not }12", "12"), ("3:4", "3.4"), (r"\frac50", "0"), ("m-n", "a-b"),
+    (r"5\text{ tenths}", "5"), (r"5\ 6", "56"), ("5 6", "30"), (r"\infty-\infty", "0"), ("x", "X"),
+    ("CAB", "ACB"), ("on", "no"), ("5...", "5"), ("2^3", "23"), (r"\sqrt{10^{40}+1}", "10^{20}"),
+    ("0.33", r"\frac13"), ("2³", "23"), ("10^{15}+1", r"10^{15}+\sqrt2"), ("3.14", r"\pi"),
+    (r"26\text{ cm}", r"26\text{ km}"), (r"12^2\text{ cm}", "12"), (r"\$18", r"18\text{ cents}"),
+    (r"3\cdot\frac12", r"3\frac12"), ("^{1}2", "12"), (r"\frac{1}{2}", r"\frac{2}{1}"), ("6x", "6"),
+    (r"2\sqrt3", r"\sqrt{23}"), ("6xyz", "6"), ("x=5y", "5"), (r"\sqrt{4+9}", r"\sqrt4+\sqrt9"),
+    ("3,3", "3,-3"), ("5-", "5"), ("(1,2)", "[1,2]"), ("(1,2,3)", "(1,2)"), ("[2,5)", "[2,5]"),
+    (r"x\le 4", r"x\ge 4"), (r"12\\13", "12"), (r"\text{not }12", "12"), ("3:4", "3.4"),
+    (r"\frac50", "0"), ("m-n", "a-b"), ("2y", "x+z"), ("x>=5", "5"), ("|x|=5", "5"), ("0", "x-y=0"),
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2&3&4\end{pmatrix}"),
-    ("2y", "x+z"), ("x>=5", "5"), ("|x|=5", "5"), (r"\log x=5", "5"), ("0", "x-y=0"), ("x<=5", "5"),
-    ("z", "x+y=z"), ("x=3,y=4", "x=4,y=3"), (r"5\text{k}", "5"), (r"5\text{ times two}", "5"),
-    (r"5\text{ tens}", "5"), (r"5\mathrm{e}", "5"), ("x!=5", "5"), (r"\$8", r"8\text{ cents}"),
-    ("f(g(x))", "g(f(x))"), ("ln(6)", "2ln(3)"), (r"\not=5", "5"), (r"\Delta", r"\delta"),
-    (r"5\quad678", "5678"), ("b+c", "a+d"), (r"5\text{ lakh}", "5"), (r"5\text{ pi}", "5"),
+    (r"\log x=5", "5"), ("x<=5", "5"), ("z", "x+y=z"), ("x=3,y=4", "x=4,y=3"), ("x!=5", "5"),
+    (r"5\text{ times two}", "5"), (r"5\text{ tens}", "5"), (r"5\mathrm{e}", "5"), (r"\not=5", "5"),
+    (r"\$8", r"8\text{ cents}"), ("f(g(x))", "g(f(x))"), ("ln(6)", "2ln(3)"), ("b+c", "a+d"),
+    (r"\Delta", r"\delta"), (r"5\quad678", "5678"), (r"5\text{ lakh}", "5"), (r"5\text{ pi}", "5"),
     (r"5\text{ is wrong}", "5"), ("(1,2)", "(2,1)"), (r"5\text{ perhaps six}", "5"),
     (r"10^{17}+\sqrt2", r"10^{17}+\sqrt3"), (r"\sqrt2", r"\sqrt{2.0001}")]
 RESTATED = [
-    ("6+0", "6"), ("19^2 + 2(19) + 1", "400"), (r"99\times 99", "9801"), ("x=2+3", "5"),
-    ("-(-42)", "42"), ("(2x-5)(x+7)-(x+5)(2x-1)", "-30"), ("7-10", "-3"), ("x=60-18", "x=42"),
-    (r"\frac12-\frac13", r"\frac16"), (r"(9+8)\text{ cm}", r"17\text{ cm}"), ("6+7, 8+9", "13, 17"),
-    (r"6\cdot7\%", r"42\%"), ("(0,3+4]", "(0,7]"), ("(-6)(-7)", "42"), (".5 + .25", "0.75"),
-    (r"84 \div 2", "42"), (r"(6+7)\pi", r"13\pi"), ("-5 + -3", "-8"), ("60 - -18", "78"),
-    ("1000/8/5", "25"), (r"\frac{84}{2}", "42")]
+    ("6+0", "6"), ("19^2 + 2(19) + 1", "400"), (r"99\times 99", "9801"), ("-(-42)", "42"),
+    ("(2x-5)(x+7)-(x+5)(2x-1)", "-30"), ("7-10", "-3"), ("x=60-18", "x=42"), ("6+7, 8+9", "13, 17"),
+    (r"\frac12-\frac13", r"\frac16"), (r"(9+8)\text{ cm}", r"17\text{ cm}"), ("(0,3+4]", "(0,7]"),
+    (r"6\cdot7\%", r"42\%"), ("(-6)(-7)", "42"), (".5 + .25", "0.75"), (r"84 \div 2", "42"),
+    (r"(6+7)\pi", r"13\pi"), ("-5 + -3", "-8"), ("1000/8/5", "25"), (r"\frac{84}{2}", "42")]
 
 PAIRS = [(*pair, True, True) for pair in SAME] + [(*pair, False, False) for pair in DIFFERENT]
 PAIRS += [(*pair, False, True) for pair in RESTATED]  # the left one is still to be worked out
@@ -868,20 +866,19 @@ def test_pairs_in_both_directions(left, right, answers, answered):
     assert verify(rf"Hence it is $\boxed{{{right}}}$, as claimed.", left) is answered
 
 EXTRACTED = [
-    (r"\boxed\frac{9}{7}", r"\frac97"), (r"\boxed{3} is small: \boxed{4}", "4"), (r"\fbox{6}", "6"),
-    (r"So $\boxed{3}$ and $\boxed{4}$.", "4,3"), (r"\boxed{3} \boxed{4}", "4"), (r"\boxed 8.", "8"),
-    ("#### 1,250", "1250"), ("A: 4.00", "4"), (r"<think>\boxed{5}</think> Answer: 6", "6"),
-    ("Answer: 4 because 2+2=4", "4"), ("<answer>4</answer>", "4"), (r"\boxed{∞}", r"\infty"),
+    (r"\boxed\frac{9}{7}", r"\frac97"), (r"\boxed{3} is small: \boxed{4}", "4"), ("A: 4.00", "4"),
+    (r"\boxed{3} \boxed{4}", "4"), (r"\boxed 8.", "8"), ("#### 1,250", "1250"),
+    (r"<think>\boxed{5}</think> Answer: 6", "6"), ("Answer: 4 because 2+2=4", "4"),
+    ("<answer>4</answer>", "4"), (r"\boxed{∞}", r"\infty"), (r"\boxed{42}", r"so \boxed{42}."),
     (r"The answer is $(1,\infty)\cup (-3,0)$.", r"(-3,0)\cup(1,\infty)"),
-    (r"\boxed{42}", r"so \boxed{42}."), (r"\boxed{5} and \boxed{6}", "6,5"),
-    ("The answer is 72, in total", "72")]
+    (r"\boxed{5} and \boxed{6}", "6,5"), ("The answer is 72, in total", "72")]
 NOT_EXTRACTED = [
-    (r"\boxed{3} is small: \boxed{4}", "3"), (r"$\boxed{3}$, $\boxed{4}$", "4"), ("4 words", "4"),
-    (r"\boxed{1}/\boxed{2}", "2"), (r"4 \boxed{", "4"), (r"Answer: 4 \boxed{}", "4"),
-    (r"4: \boxed{?}", "4"), (r"\boxed{\frac12", r"\frac12"), ("Answer: 3 or 4", "4"),
-    ("Answer: 5; alternatively 6", "5"), (r"\boxed{5 \boxed{6}}", "6"), ("Answer: 5; maybe 6", "5"),
-    ("Answer: 5 as well as 6", "5"), ("The answer is 5 apples (or 6, or 7)", "5"),
-    (r"It is 5 or \boxed{6}.", "6"), (r"\boxed{2}-\boxed{3}", "3"), ("Answer: 5; perhaps 6", "5"),
+    (r"$\boxed{3}$, $\boxed{4}$", "4"), ("4 words", "4"), (r"\boxed{1}/\boxed{2}", "2"),
+    (r"4 \boxed{", "4"), (r"Answer: 4 \boxed{}", "4"), (r"4: \boxed{?}", "4"),
+    (r"\boxed{\frac12", r"\frac12"), ("Answer: 3 or 4", "4"), ("Answer: 5; alternatively 6", "5"),
+    (r"\boxed{5 \boxed{6}}", "6"), ("Answer: 5; maybe 6", "5"), ("Answer: 5 as well as 6", "5"),
+    ("The answer is 5 apples (or 6, or 7)", "5"), (r"It is 5 or \boxed{6}.", "6"),
+    (r"\boxed{2}-\boxed{3}", "3"), ("Answer: 5; perhaps 6", "5"),
     (r"\boxed{\sqrt{8}\times\sqrt{50}}", "20")]
 LINES = [
     ("Answer: 5\n\n#### Verification\n2+3=5", "5", True), (r"\boxed{42}", "6*7=42\n#### 42", True),
@@ -889,7 +886,6 @@ LINES = [
     ("### Final Answer\n\n72", "72", True), ("### Answer\n\n$4$", "4", True), (None, "4", False),
     (f"\\boxed{{{'0' * 400}5}}", "5", False), (r"\boxed{4}", None, False), (4, "4", False),
     ("", "4", False), ("4", "", False), (r"\boxed{}", "", False), (r"\boxed{4}", "  ", False)]
-
 LINES += [(*pair, True) for pair in EXTRACTED] + [(*pair, False) for pair in NOT_EXTRACTED]
 
 @pytest.mark.parametrize("response, gold, expected", LINES)
@@ -1030,17 +1026,21 @@ def test_collection_goes_on(answered, finished, data, tmp_path, error):
 @pytest.mark.parametrize("command, crashes", [("train", ("train_step", 2)),
                                               ("collect", ("write_rows", 4))])
 def test_a_data_file_that_changed(command, crashes, finished, files, tiny, tmp_path, error):
-    """Other problems are refused, even if the flags are the same; another place is not."""
+    """Other problems or another pool are refused, under the same flags; another place is not."""
     data, rows = tmp_path / "data.jsonl", read_rows(files / "train.jsonl")
+    pool = Path(shutil.copy(finished / "pool.jsonl", tmp_path))
     flags = ["--eval_data", files / "held_out.jsonl", "--out", tmp_path / "out", "--model"]
-    flags += [tiny, *TRAIN] if command == "train" else [finished / "vanilla/policy", *RUN]
+    flags += [tiny, *TRAIN, "--pool", pool] if command == "train" else [
+        finished / "vanilla/policy", *RUN]
     flags = [command, *map(str, flags), "--data"]
     crash(*crashes, [*flags, write_rows(data, rows)])
     before = snapshot(tmp_path / "out")
     for changed in (rows[1:], [{**rows[0], "answer": "8"}, *rows[1:]]):
-        assert "--problems" in error([*flags, write_rows(data, changed)])
+        assert "--files" in error([*flags, write_rows(data, changed)])
     assert snapshot(tmp_path / "out") == before
     assert main([*flags, write_rows(tmp_path / "moved.jsonl", rows)]) == 0
+    write_rows(pool, read_rows(pool)[1:])
+    assert command == "collect" or "--files" in error([*flags, f"{tmp_path}/moved.jsonl"])
 
 def test_flags_that_may_change(interrupted, finished, words, data, tmp_path, monkeypatch, error):
     """Those that bound memory; in `run`, those of phases not yet begun."""
