@@ -192,8 +192,9 @@ def draw_both(arms: dict, path: Path, highest: float = 100) -> None:
         step, mean = passed[0]
         axis.plot([step], [mean], "o", color=ORANGE, markersize=9, zorder=4)
         axis.annotate(f"RLEP passes vanilla RL's best\nafter {step} of {vanilla[-1][0]} steps",
-                      (step, mean), (40, -150), textcoords="offset points", color=ORANGE,
-                      fontsize=12, arrowprops={"arrowstyle": "-", "color": ORANGE})
+                      (step, mean), (40 if step <= vanilla[-1][0] / 2 else -200, -150),
+                      textcoords="offset points", color=ORANGE, fontsize=12,
+                      arrowprops={"arrowstyle": "-", "color": ORANGE})
     axis.set_xlabel("training step", color=GREY, fontsize=11)
     axis.set_ylabel("held-out accuracy, mean@4 (%)", color=GREY, fontsize=11)
     axis.set_xticks([step for step, _ in vanilla[::2]])
