@@ -828,7 +828,7 @@ SAME = [
     (r"4, 6, \text{ and } 9", "9,6,4"), (r"\text{Tuesday}", "Tuesday"), (r"\text{EVEN}", "even"),
     (r"\begin{pmatrix}1\\-4\end{pmatrix}", r"\begin{pmatrix} 1.0 \\ -4 \end{pmatrix}"),
     ("2^{10000}", "2^{10000}"), ("f(x)=x+1", "x+1"), ("a^2-b^2", "(a-b)(a+b)"), ("60 km/h", "60"),
-    (r"17\text{ cm}", r"17\text{ cm}"), (r"3 \times 10^{8}", "3e8"), (r"\frac{6}{4}", r"\frac32"),
+    ("x×y", "xy"), (r"3 \times 10^{8}", "3e8"), (r"\frac{6}{4}", r"\frac32"),
     (r"\frac{\sqrt8}{2}", r"\sqrt2"), ("y=4,x=3", "x=3,y=4"), (r"8\text{ apples}", "8"),
     (r"12\text{ cm²}", "12"), (r"\mathbf{(3,4)}", "(3,4)"), ("y+z=5", "5=y+z"), ("84÷2", "84/2"),
     ("x**2", "x²"), (r"x\leq 4", "x<=4"), ("2*pi", "2π"), (r"\emptyset", r"\varnothing"),
