@@ -961,8 +961,8 @@ def made_up(*parts):
 def check_weights(model, missing_keys, unexpected_keys, **_):
     """Refuses weights that are missing, frozen or quantised. Raises UserError."""
     wrong = [*missing_keys] + [key for key in unexpected_keys if "scale" in key]
-    for key, weight in model.named_parameters():
-        wrong += [key] * (weight.dtype != torch.float32 or not weight.requires_grad)
+    wrong += [key for key, weight in model.named_parameters()
+              if weight.dtype != torch.float32 or not weight.requires_grad]
     require(not wrong, f"missing, frozen or quantised: {sorted(wrong)[:3]}")
 
 

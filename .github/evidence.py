@@ -5,7 +5,6 @@ evidence.py seed N FOLDER          all arms of one seed, each a run folder below
 evidence.py report FOLDER          FOLDER/table.md, curves.png and evidence.png, of all seeds in it
 evidence.py pairs RUN [RUN ...]    the same of runs of `rlep.py run` alone, into the first one's parent
 """
-import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -192,9 +191,8 @@ def draw_both(arms: dict, path: Path, highest: float = 100) -> None:
         step, mean = passed[0]
         axis.plot([step], [mean], "o", color=ORANGE, markersize=9, zorder=4)
         axis.annotate(f"RLEP passes vanilla RL's best\nafter {step} of {vanilla[-1][0]} steps",
-                      (step, mean), (40 if step <= vanilla[-1][0] / 2 else -200, -150),
-                      textcoords="offset points", color=ORANGE, fontsize=12,
-                      arrowprops={"arrowstyle": "-", "color": ORANGE})
+                      (step, mean), (0.58, 0.08), textcoords="axes fraction", color=ORANGE,
+                      fontsize=12, arrowprops={"arrowstyle": "-", "color": ORANGE})
     axis.set_xlabel("training step", color=GREY, fontsize=11)
     axis.set_ylabel("held-out accuracy, mean@4 (%)", color=GREY, fontsize=11)
     axis.set_xticks([step for step, _ in vanilla[::2]])
