@@ -645,8 +645,9 @@ def load_replays(policy, problems, config):
 def collect(config, problems):
     """Experience collection (section 3.2): --model answers every question K times. What is correct
     and not cut goes into OUT/pool.jsonl, for questions with at least two. Returns the summary."""
-    out = Path(config.out)
-    open_folder("collect", config, problems)
+    out, summary = Path(config.out), open_folder("collect", config, problems)
+    if summary and (out / "pool.jsonl").exists():
+        return summary
     policy = Policy(config, problems)
     settings = replace(config, temperature=config.collect_temperature, top_p=config.collect_top_p)
     asked = out / "collected.jsonl"  # all questions asked so far, also those without answers
@@ -718,8 +719,7 @@ def row_to_problem(row, where):
 
 def to_gold(value):
     """What a field of a data row gives as the gold answer: a text, "" if there is none."""
-    value = ", ".join(map(str, value)) if isinstance(value, list) else value  # OlympiadBench
-    if type(value) not in (str, int, float) or value != value:  # not true, null, NaN
+    if type(value) not in (str, int, float) or value != value:  # not true, null, NaN, a list
         return ""
     text = str(value).rpartition("####")[2].strip()  # GSM8K
     return extract_answer(text) or text  # MATH: the last box
