@@ -4,7 +4,7 @@ rlep.py [run]                     both phases on embedded problems, and a pictur
 rlep.py train [--pool FILE]       one arm: RLEP with a pool, vanilla RL without
 rlep.py collect --model POLICY    a policy's verified answers to the training questions
 rlep.py eval --model POLICY       mean@k, maj@k and pass@k on held-out questions
-rlep.py plot RUN [RUN ...]        the curves of finished runs, and their last figures
+rlep.py plot RUN [RUN ...]        the last figures of finished runs, and OUT/curves.png
 The method (section 3 of the paper; Eq. 1 and 5: group_advantages, Eq. 3 and 4: policy_loss):
     1. train: vanilla RL from the base model (GRPO, token mean, clip-higher)
     2. collect: that policy answers every question many times; what is correct fills the pool
@@ -14,8 +14,7 @@ Not as in the authors' code (a fork of verl; they never published their collecti
     2. a replay that is too long is left out; theirs is cut and loses its end token
     3. the token mean is over the whole mini-batch (Eq. 3: one group); theirs over a micro-batch
     4. mini-batches are counted in questions, so 8 updates per rollout; theirs in answers of G, so 9
-    5. lengths and masks are explicit; theirs follow from the padding token
-    6. a mini-batch without gradient makes no step; in theirs, momentum and weight decay go on
+    5. a mini-batch without gradient makes no step; in theirs, momentum and weight decay go on
 As there, but not in the paper: dual clip, unbiased std + 1e-6, pi_old of replays (policy_loss)."""
 import argparse
 import copy
@@ -223,10 +222,12 @@ class ExperiencePool:
         pool = cls()
         for where, row in read_rows(path):
             problem = row_to_problem(row, where)
-            pool.answers.setdefault(problem, [])
+            pool.answers.setdefault(problem, [])  # also where none is right: see collect
             with blame(f"{where}: reward_model.candidates must be a list of texts"):
-                for text in row["reward_model"]["candidates"]:
-                    pool.add(problem.question, problem.gold, str(text), problem.chat)
+                texts = row["reward_model"]["candidates"]
+                require(isinstance(texts, list), "it is none")
+            for text in texts:
+                pool.add(problem.question, problem.gold, str(text), problem.chat)
         return pool
 
 
@@ -312,8 +313,8 @@ def response_logprobs(model, prompts: list[list[int]], responses: list[list[int]
     """log pi_theta of every response token: n prompts, n responses -> logprobs (n, t), mask (n, t).
     Prompts are read as in sampling, each distinct one once, but with gradient. The logits must be
     the output embedding of the last hidden state, as check_model tests. Calls read_prompts."""
-    distinct = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
-    owner = torch.tensor([distinct.index(prompt) for prompt in prompts], device=model.device)
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    owner = torch.tensor([distinct.index(tuple(prompt)) for prompt in prompts], device=model.device)
     cache, seen, position = read_prompts(model, distinct, owner)
     rows = [torch.tensor([prompt[-1], *answer]) for prompt, answer in zip(prompts, responses)]
     rows = pad_sequence(rows, batch_first=True).to(model.device)
@@ -353,21 +354,21 @@ class Policy:
     copy samples. Raises UserError if it cannot be loaded or trained correctly."""
 
     def __init__(self, config, problems):
-        self.name = f"--model {config.model}"
-        with blame(f"{self.name} with its tokenizer, --device {config.device}: not to be loaded"):
+        name = f"--model {config.model}"
+        with blame(f"{name} with its tokenizer, --device {config.device}: not to be loaded"):
             self.tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
             self.model, loading = AutoModelForCausalLM.from_pretrained(
                 config.model, trust_remote_code=False, dtype=torch.float32,
                 attn_implementation="sdpa", output_loading_info=True)
             check_weights(self.model, **loading)
             self.model.to(config.device).eval()  # with dropout, no ratio would ever be 1
-        with blame(f"{self.name}: mend its tokenizer or chat template"):
+        with blame(f"{name}: mend its tokenizer or chat template"):
             self.end = self.find_end()
             lengths = [len(self.encode_prompt(problem)) for problem in problems]
             require(self.end is not None and 0 not in lengths, "no end token, or an empty prompt")
-        check_model(self.model, self.name, max(lengths) + config.max_new_tokens)
-        stops = self.model.generation_config.eos_token_id or []
-        self.ends = [self.end, *([stops] if isinstance(stops, int) else stops)]
+        check_model(self.model, name, max(lengths) + config.max_new_tokens)
+        stops = self.model.generation_config.eos_token_id  # one, a list or None
+        self.ends = [self.end, *(stops if isinstance(stops, list) else {stops} - {None})]
         self.sampler = copy.deepcopy(self.model) if config.bf16 else self.model
         self.autocast = torch.autocast(self.model.device.type, torch.bfloat16, config.bf16 > 0)
 
@@ -562,8 +563,8 @@ def maj_at_k(answers: list[list[str | None]], correct: list[list[bool]]):
     won = 0
     for row, marks in zip(answers, correct):
         votes = Counter(answer for answer in row if answer is not None)
-        for winner, _ in votes.most_common(1):
-            won += marks[row.index(winner)]
+        if votes:
+            won += marks[row.index(max(votes, key=votes.get))]  # the first one, if several tie
     return won / len(answers)
 
 
@@ -589,14 +590,14 @@ def train(config, problems, held_out):
     out, summary = Path(config.out), open_folder("train", config, problems + held_out)
     if summary and (out / "policy").exists():
         return summary
-    base = config.model or make_base(config, out / "base")
-    policy = Policy(replace(config, model=base), problems + held_out)
+    config = replace(config, model=config.model or make_base(config, out / "base"))
+    policy = Policy(config, problems + held_out)
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.1)  # paper: 0.1
     pool = load_replays(policy, problems, config) if config.pool else ExperiencePool()
     arm = f"RLEP, M = {config.replays}" if config.pool else "vanilla RL"
     rows, checkpoint = [], out / "checkpoint.pt"
     if checkpoint.exists():
-        with blame(f"{checkpoint}: damaged; delete {out}"):
+        with blame(f"{checkpoint}: damaged; delete it"):
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
             policy.model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["adam"])
@@ -675,8 +676,8 @@ def run(config, problems, held_out):
     open_folder("run", config, problems + held_out)
     config = replace(config, model=config.model or make_base(config, out / "base"))
     vanilla = train(replace(config, out=f"{out}/vanilla"), problems, held_out)
-    seed_policy = replace(config, out=f"{out}/collection", model=f"{out}/vanilla/policy", replays=0)
-    collected = collect(seed_policy, problems)
+    collection = replace(config, out=f"{out}/collection", model=f"{out}/vanilla/policy", replays=0)
+    collected = collect(collection, problems)
     shutil.copy(out / "collection/pool.jsonl", out)
     rlep = train(replace(config, out=f"{out}/rlep", pool=f"{out}/pool.jsonl"), problems, held_out)
     write_rows(out / "summary.json", [{**collected, "vanilla": vanilla, "rlep": rlep}])
@@ -727,15 +728,15 @@ def to_gold(value):
 
 def load_problems(config):
     """The training problems and the held-out ones, of equal ones the first. Raises UserError."""
-    def read(path):
+    def load(path):
         return list(dict.fromkeys(row_to_problem(row, where) for where, row in read_rows(path)))
     size, train_size = config.eval_size, config.train_size or (0 if config.data else 512)
-    problems = read(config.data) if config.data else embedded_problems(train_size + size, seed=0)
-    held_out = read(config.eval_data)[:size] if config.eval_data else problems[-size:]
+    problems = load(config.data) if config.data else embedded_problems(train_size + size, seed=0)
+    held_out = load(config.eval_data)[:size] if config.eval_data else problems[-size:]
     kept_aside = set(held_out)
     problems = [problem for problem in problems if problem not in kept_aside]
-    fits = held_out and len(problems) >= max(1, train_size)
-    require(fits, f"{config.data} {config.eval_data}: too small; lower --train_size or --eval_size")
+    require(held_out and len(problems) >= max(1, train_size), f"--data {config.data} "
+            f"{config.eval_data}: too few problems; lower --train_size or --eval_size")
     return problems[:train_size or None], held_out
 
 
@@ -986,8 +987,7 @@ def check_model(model, name, longest):
 
 # ---- Run folders ---------------------------------------------------------------------------------
 # Flags that only move rounding, memory or files may change in a run; so may those for later.
-FREE = {"out", "device", "threads", "sample_rows", "micro_tokens", "save_every", "data",
-        "eval_data"}
+FREE = set("out device threads sample_rows micro_tokens save_every data eval_data".split())
 LATER = {"collect_k", "collect_temperature", "collect_top_p", "replays"}  # not for vanilla RL
 
 
@@ -995,7 +995,7 @@ def open_folder(command, config, problems):
     """Makes or reopens a run's folder; returns its summary, {} if unfinished. Raises UserError."""
     out, pairs = Path(config.out), [(problem, problem.gold) for problem in problems]
     pool = hashlib.sha256(Path(config.pool).read_bytes()).digest() if config.pool else b""
-    settings = {"command": command, **asdict(config), "files": seed_of(pairs, pool)}
+    settings = {"command": command, **asdict(config), "file_contents": seed_of(pairs, pool)}
     out.mkdir(parents=True, exist_ok=True)
     found = {file.name for file in out.iterdir()} - {"lock", "config.json.partial"}
     old = saved_row(out / "config.json")
@@ -1004,10 +1004,10 @@ def open_folder(command, config, problems):
         lock = os.open(out / "lock", os.O_CREAT | os.O_RDWR)  # never closed: held until the end
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     free = FREE if config.pool or command == "collect" else FREE | LATER
-    changed = [f"--{name}" for name, value in settings.items()
+    changed = [name for name, value in settings.items()
                if name not in free and value != old.get(name)]
     begun = found & {"base", "vanilla", "metrics.jsonl", "collected.jsonl"}
-    require(not (begun and changed), f"{out}: had other {' '.join(changed)}; give another --out")
+    require(not (begun and changed), f"{out}: had other {', '.join(changed)}; give another --out")
     write_rows(out / "config.json", [settings])
     summary = saved_row(out / "summary.json")
     print(f"{out}: {'is finished' if summary else 'is under way'}")
@@ -1017,12 +1017,12 @@ def open_folder(command, config, problems):
 @contextmanager
 def written_whole(path):
     """Gives a path to write to, which then replaces path: a crash leaves nothing half written."""
-    unfinished = Path(f"{path}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)  # a folder
-    unfinished.unlink(missing_ok=True)  # a file
-    with blame(f"{unfinished}: not written; make room"):
+    unfinished = Path(f"{Path(path)}.partial")  # Path: without a slash at the end
+    shutil.rmtree(unfinished, ignore_errors=True)  # what a crash left; a file is overwritten
+    with blame(f"{unfinished}: not written; is there room, and the folder?"):
         yield unfinished
-    shutil.rmtree(path, ignore_errors=True)  # a folder; a file is replaced as it is
+    if unfinished.is_dir():  # a file is replaced as it is, and never replaces a folder
+        shutil.rmtree(path, ignore_errors=True)
     os.replace(unfinished, path)
 
 
@@ -1054,11 +1054,12 @@ def plot(runs, out):
     axis.legend()
     out.mkdir(parents=True, exist_ok=True)
     axis.figure.savefig(out / "curves.png", dpi=120)
+    print(f"the curves: {out / 'curves.png'}")
 
 
 # ---- The command line ----------------------------------------------------------------------------
-MAY_BE_ZERO = {"seed", "bf16", "threads", "train_size", "replays", "lr_warmup_steps", "clip_low",
-               "clip_high", "dual_clip", "overlong_buffer"}
+MAY_BE_ZERO = {"seed", "bf16", "threads", "train_size", "lr_warmup_steps", "clip_low", "clip_high",
+               "dual_clip", "overlong_buffer"}
 
 
 def parse(argv):
@@ -1070,18 +1071,17 @@ def parse(argv):
     parser.add_argument("command", nargs="?", default="run", choices=commands)
     parser.add_argument("runs", nargs="*", type=Path, help="for plot: folders of finished runs")
     for flag in fields(Config):
-        words = {"type": flag.type, "default": flag.default, "help": argparse.SUPPRESS}
-        parser.add_argument(f"--{flag.name}", **words)
+        parser.add_argument(f"--{flag.name}", type=flag.type, default=flag.default,
+                            help=argparse.SUPPRESS)
     given = vars(parser.parse_intermixed_args(argv))
     command, runs, config = given.pop("command"), given.pop("runs"), Config(**given)
     for name, value in asdict(config).items():
         zero = name in MAY_BE_ZERO or (command, name) == ("eval", "temperature")  # 0: greedy
         good = isinstance(value, str) or 0 < value < 1e12 or value == 0 and zero
-        require(good, f"--{name} {value}: must be above 0{', or 0' * zero}")
+        require(good, f"--{name} {value}: must be above 0{', or 0' * zero}, and below 1e12")
     require(config.dual_clip == 0 or config.dual_clip > 1, "--dual_clip: must be above 1, or 0")
     require(config.overlong_buffer <= config.max_new_tokens, "--overlong_buffer: is too long")
-    replays = command == "train" and config.replays > 0
-    require(not config.pool or replays, "--pool: is for train, with --replays above 0")
+    require(not config.pool or command == "train", "--pool: is for train")
     require(config.model or command in ("run", "train", "plot"), f"{command}: needs a --model")
     require(bool(runs) == (command == "plot"), "only plot takes folders, of finished runs")
     names = [Path(path).name for path in (config.model, config.data, config.pool) if path]

@@ -36,7 +36,8 @@ evidence() {
     echo "run.sh: evidence is under way, the logs are runs/evidence/seed*.log" >&2
     export python
     seq 0 9 | xargs -P 2 -I @ sh -c \
-        '"$python" .github/evidence.py seed @ runs/evidence >runs/evidence/seed@.log 2>&1'
+        '"$python" .github/evidence.py seed @ runs/evidence >runs/evidence/seed@.log 2>&1' ||
+        { echo "run.sh: error: a seed did not end well, see its log; start again to go on" >&2; exit 2; }
     exec "$python" .github/evidence.py report runs/evidence
 }
 

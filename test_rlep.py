@@ -301,6 +301,8 @@ def test_pool(tmp_path):
     assert pool.add("q", "2", texts[0], system) and len(pool) == 7  # twice counts twice
     pool.answers[Problem("unsolved", "3")] = []
     pool.save(path)
+    with pytest.raises(OSError):
+        pool.save(tmp_path)  # a folder, which stays
     row, *others = read_rows(path)
     assert row["prompt"] == [{"role": "system", "content": "Think."}, *chat("q")]
     assert row["reward_model"] == {"ground_truth": "2", "style": "rule",
@@ -308,6 +310,8 @@ def test_pool(tmp_path):
     row["reward_model"]["candidates"].append("\\boxed{3}")
     again = ExperiencePool.load(write_rows(path, [row, *others]))
     assert again.answers == pool.answers and [p.gold for p in again.answers] == ["2", "4", "3"]
+    with mock.patch.object(rlep, "score", side_effect=KeyError), pytest.raises(KeyError):
+        ExperiencePool.load(path)  # the fault of a reward of one's own, not of the file
 
 def test_replays(policy, tmp_path, capsys):
     """Verified by the training file's gold; neither too long nor to other questions; counted."""
@@ -420,7 +424,7 @@ def test_good_models_train_right(kind, settings, model_folder, words, tmp_path):
     rng, plain = random.Random(0), AutoModelForCausalLM.from_pretrained(folder).eval()
     prompts = [[rng.randrange(2, 22) for _ in range(9)]] * 2 + [[5, 6, 7], [4]]
     responses = [[rng.randrange(2, 22) for _ in range(n)] for n in (40, 7, 21, 3)]
-    logprobs, mask = rlep.response_logprobs(policy.model, prompts, responses)
+    logprobs, mask = rlep.response_logprobs(policy.model, [*map(tuple, prompts)], responses)
     slow = [slow_logprobs(plain, *pair) for pair in zip(prompts, responses)]
     assert torch.allclose(logprobs[mask], torch.cat(slow), atol=1e-4)
     logprobs.sum().backward()
@@ -457,10 +461,10 @@ def test_prompts_and_responses(listed, policy, tmp_path):
     policy.tokenizer.chat_template = TURNS
     begin_with(policy, "<pad> $A")  # a template has its own beginning
     policy.model.resize_token_embeddings(24)
-    policy.model.generation_config.eos_token_id = [1, 5]
-    policy.save(tmp_path / "model")
+    policy.model.generation_config.eos_token_id = [1, 5] if listed else 0
+    policy.save(f"{tmp_path}/model/")
     policy, problem = load(tmp_path / "model"), Problem("2=", "3", (("system", "1+"),))
-    assert set(policy.ends) == {1, 5, 23}
+    assert set(policy.ends) == {23, *([1, 5] if listed else [0])}
     assert policy.encode_answer("7*3=1") == [13, 17, 9, 18, 7, 23]
     assert policy.decode([13, 17, 9, 18, 7, 23]) == "7*3=1" and policy.decode([13, 17]) == "7*"
     spelt = policy.encode_answer("1<eos>2")
@@ -739,11 +743,11 @@ def test_plot(finished, trained, tmp_path, capsys):
     """A run's two arms and a train of its own: their last figures, and a picture."""
     capsys.readouterr()
     assert main(["plot", str(finished), str(trained), "--out", f"{tmp_path}/picture"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    *lines, picture = capsys.readouterr().out.splitlines()
     for line, folder in zip(lines, (finished / "vanilla", finished / "rlep", trained), strict=True):
         summary = read_rows(folder / "summary.json")[0]
         assert line == f"{summary['arm']} ({folder}), step 6: mean@k {summary['mean_at_k']:.1%}"
-    assert (tmp_path / "picture/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert Path(picture.split()[-1]).read_bytes().startswith(b"\x89PNG")
 
 # ---- Data files ----------------------------------------------------------------------------------
 def test_problems_of_files(tmp_path):
@@ -993,15 +997,12 @@ def leave_partial_files(folder):
         path = folder / (name if "/" in name else f"{name}.partial")
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"half of")
+    (folder / "metrics.jsonl").open("a").write('{"step": 6, "accu')
 
-@pytest.mark.parametrize("leave", [
-    leave_partial_files,
-    lambda folder: write("a file where a folder is written")(folder / "policy.partial"),
-    lambda folder: (folder / "metrics.jsonl").open("a").write('{"step": 6, "accu')])
-def test_leftovers_of_a_crash_do_no_harm(leave, interrupted, trained, words, tmp_path):
+def test_leftovers_of_a_crash_do_no_harm(interrupted, trained, words, tmp_path):
     """Rows behind the checkpoint are made again, not kept twice; half a file or row is ignored."""
     run = shutil.copytree(interrupted, tmp_path / "run")
-    leave(run)
+    leave_partial_files(run)
     assert main(words(run, "--steps", 6, "--save_every", 3)) == 0
     assert result_of(run) == result_of(trained) and not list(run.rglob("*.partial"))
 
@@ -1012,7 +1013,7 @@ def test_collection_goes_on(answered, finished, data, tmp_path, monkeypatch, err
     command += ["--model", f"{finished}/vanilla/policy", "--out", f"{out}"]
     crash("write_rows", answered + 2, command)  # the first row is the configuration
     assert (out / "collected.jsonl").exists() == (answered > 0)
-    assert answered == 0 or "--collect_k" in error([*command, "--collect_k", "30"])
+    assert answered == 0 or "other collect_k" in error([*command, "--collect_k", "30"])
     with spy_on("rollout") as rollout:
         assert main(command) == 0
     asked = [call.args[1] for call in rollout.mock_calls if "seeds" in call.kwargs]
@@ -1035,11 +1036,11 @@ def test_a_data_file_that_changed(command, crashes, finished, files, tiny, tmp_p
     crash(*crashes, [*flags, write_rows(data, rows)])
     before = snapshot(tmp_path / "out")
     for changed in (rows[1:], [{**rows[0], "answer": "8"}, *rows[1:]]):
-        assert "--files" in error([*flags, write_rows(data, changed)])
+        assert "file_contents" in error([*flags, write_rows(data, changed)])
     assert snapshot(tmp_path / "out") == before
     assert main([*flags, write_rows(tmp_path / "moved.jsonl", rows)]) == 0
     write_rows(pool, read_rows(pool)[1:])
-    assert command == "collect" or "--files" in error([*flags, f"{tmp_path}/moved.jsonl"])
+    assert command == "collect" or "file_contents" in error([*flags, f"{tmp_path}/moved.jsonl"])
 
 def test_flags_that_may_change(interrupted, finished, words, data, tmp_path, monkeypatch, error):
     """Those that bound memory; in `run`, those of phases not yet begun."""
@@ -1059,7 +1060,7 @@ def test_flags_that_may_change(interrupted, finished, words, data, tmp_path, mon
     command += "--collect_k 33 --collect_temperature 1.9 --replays 1".split()
     assert main(command) == 0
     assert result_of(finished / "vanilla") == result_of(tmp_path / "run/vanilla")
-    assert "--replays" in error([*command, "--replays", "3"])  # that phase is finished
+    assert "other replays" in error([*command, "--replays", "3"])  # that phase is finished
     shutil.rmtree(tmp_path / "run/rlep")
     crash("train_step", 1, [*command, "--replays", "3"])  # and now begins
 
@@ -1078,7 +1079,7 @@ def test_other_settings_and_damage(named, change, interrupted, finished, words, 
     else:
         flags = [named, finished / change if isinstance(change, str) else change]
     before = snapshot(run)
-    assert named in error(words(run, "--steps", 6, *flags))
+    assert named.strip("-") in error(words(run, "--steps", 6, *flags))
     if named == "checkpoint.pt":  # which is read after the settings have been written again
         before["config.json"] = (run / "config.json").read_bytes()
     assert snapshot(run) == before
@@ -1149,7 +1150,7 @@ BAD_ROWS = {  # what the line must name: the file, and the line in it
     "null:1": ASK + '"answer": null, "solution": ""}', "nan:1": ASK + '"answer": NaN}',
     "reward_text:1": ASK + '"reward_model": "7"}', "golds:1": ASK + '"answer": ["4", "2"]}'}
 BAD_POOLS = {name: BAD_ROWS[name] for name in ("empty", "deep:1", "reward_text:1")} | {
-    "no_texts:1": ASK + '"reward_model": {"ground_truth": "2"}}',
+    "no:1": ASK + '"answer": 2}', "str:1": ASK + '"answer": 2, "reward_model": {"candidates": ""}}',
     "others": '{"question": "a", "answer": 2, "reward_model": {"candidates": ["A: 2"]}}'}
 BAD_MODELS = [  # what the line must name, what is done to which file
     ("model", cut, "model.safetensors"), ("tokenizer", Path.unlink, "tokenizer.json"),
@@ -1242,7 +1243,7 @@ def test_copying_a_function_out(name, given, policy):
 def test_readme_blocks(tmp_path, monkeypatch):
     """The README's Python runs as it stands; the script makes problems that can be read."""
     monkeypatch.chdir(tmp_path)
-    rlep.make_base(settings("", warmup_steps=1), Path("runs/run-seed0/base"))
+    rlep.make_base(settings("", warmup_steps=1), Path("runs/run-seed0/vanilla"))
     [block] = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     exec(block, {})
     script("arithmetic").main()

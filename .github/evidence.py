@@ -240,7 +240,9 @@ def main(words: list[str]) -> None:
         for run in map(Path, words[1:]):
             for name, place in ((VANILLA, "vanilla"), (RLEP, "rlep")):
                 summary = rlep.saved_row(run / place / "summary.json")
-                arms.setdefault(name, {})[summary["seed"]] = summary
+                if not summary:
+                    raise SystemExit(f"{run}: is not finished")
+                arms.setdefault(name, {})[run] = summary
         report(arms, Path(words[1]).parent)
     else:
         raise SystemExit(__doc__)
