@@ -225,7 +225,7 @@ class ExperiencePool:
             pool.answers.setdefault(problem, [])  # also where none is right: see collect
             with blame(f"{where}: reward_model.candidates must be a list of texts"):
                 texts = row["reward_model"]["candidates"]
-                require(isinstance(texts, list), "it is none")
+                require(isinstance(texts, list), "not a list")
             for text in texts:
                 pool.add(problem.question, problem.gold, str(text), problem.chat)
         return pool
@@ -1004,7 +1004,7 @@ def open_folder(command, config, problems):
         lock = os.open(out / "lock", os.O_CREAT | os.O_RDWR)  # never closed: held until the end
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     free = FREE if config.pool or command == "collect" else FREE | LATER
-    changed = [name for name, value in settings.items()
+    changed = [f"--{name}" if hasattr(config, name) else name for name, value in settings.items()
                if name not in free and value != old.get(name)]
     begun = found & {"base", "vanilla", "metrics.jsonl", "collected.jsonl"}
     require(not (begun and changed), f"{out}: had other {', '.join(changed)}; give another --out")
