@@ -1,7 +1,8 @@
 """Times training steps on random rewards, for the README's table of speed: bash run.sh bench --help.
 
 Prints one JSON line: response tokens a second in sampling, in the update and in the whole step, and
-the peak memory of the process. One update a step, at learning rate 0, so that all steps are alike.
+the peak memory of the process. --updates N gives each step N mini-batches; at learning rate 0, all
+steps are alike.
 """
 import argparse
 import json
@@ -23,7 +24,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--model", required=True, help="a folder")
     parser.add_argument("--prompts", required=True, help='JSON lines: {"prompt": "..."}')
     for name, default in (("group_size", 16), ("steps", 3), ("max_new_tokens", 64), ("threads", 1),
-                          ("micro_tokens", 2048), ("bf16", 0)):
+                          ("micro_tokens", 2048), ("bf16", 0), ("updates", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args(words)
@@ -31,8 +32,9 @@ def main(words: list[str]) -> None:
     problems = [rlep.Problem(row["prompt"], "0") for _, row in rlep.read_rows(given.prompts)]
     config = rlep.Config(
         model=given.model, device=given.device, bf16=given.bf16, group_size=given.group_size,
-        max_new_tokens=given.max_new_tokens, minibatch_prompts=len(problems), learning_rate=0.0,
-        micro_tokens=given.micro_tokens, sample_rows=len(problems) * given.group_size)
+        max_new_tokens=given.max_new_tokens, learning_rate=0.0, micro_tokens=given.micro_tokens,
+        minibatch_prompts=max(1, len(problems) // given.updates),
+        sample_rows=len(problems) * given.group_size)
     policy = rlep.Policy(config, problems)
     policy.tokenizer.chat_template = "{{ messages[-1]['content'] }}"  # the prompts as they are
     coin = random.Random(0)

@@ -5,8 +5,8 @@ evidence.py seed N FOLDER          all arms of one seed, each a run folder below
 evidence.py report FOLDER          FOLDER/table.md, curves.png and evidence.png, of all seeds in it
 evidence.py pairs RUN [RUN ...]    the same of runs of `rlep.py run` alone, into the first one's parent
 """
+import random
 import sys
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -29,13 +29,15 @@ ARMS = {  # the README's name of an arm: its folder below seedN
     "RLEP, M = 2, symmetric clip (0.2 / 0.2)": "symmetric_clip",
 }
 SUPERVISED_STEPS = 4
+# The settings of the embedded problems by name, as with --model the defaults are others.
+DEMO = [word for name, value in rlep.EMBEDDED.items() for word in (f"--{name}", f"{value}")]
 
 
 # ---- The runs ------------------------------------------------------------------------------------
 def run_seed(seed: int, folder: Path) -> None:
     """All arms of one seed; finished ones are left as they are."""
     main = folder / f"seed{seed}/main"
-    base, pool = ["--model", f"{main}/base/policy"], ["--pool", f"{main}/pool.jsonl"]
+    base, pool = ["--model", f"{main}/base/policy", *DEMO], ["--pool", f"{main}/pool.jsonl"]
 
     def command(name: str, arm: str, *flags: str) -> None:
         words = [name, "--seed", f"{seed}", "--threads", "1", "--out", f"{folder}/seed{seed}/{arm}"]
@@ -46,9 +48,9 @@ def run_seed(seed: int, folder: Path) -> None:
     command("train", "twice", *base, "--steps", "48")
     started = folder / f"seed{seed}/supervised_policy"
     if not started.exists():
-        config = rlep.parse(["train", *base, *pool, "--seed", f"{seed}"])[2]
+        _, config = rlep.parse(["train", *base, *pool, "--seed", f"{seed}"])
         supervise(config, started)
-    command("train", "supervised_first", "--model", f"{started}", "--steps", "20")
+    command("train", "supervised_first", "--model", f"{started}", *DEMO, "--steps", "20")
     command("train", "m1", *base, *pool, "--replays", "1")
     command("train", "m4", *base, *pool, "--replays", "4")
     command("train", "symmetric_clip", *base, *pool, "--clip_high", "0.2")
@@ -58,20 +60,24 @@ def supervise(config: rlep.Config, folder: Path) -> None:
     """The control: the first steps imitate up to 16 pool answers to each of their questions."""
     problems, held_out = rlep.load_problems(config)
     policy = rlep.Policy(config, problems + held_out)
-    pool = rlep.load_replays(policy, problems, config)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.1)
-    config = replace(config, replays=config.group_size)
+    pool = rlep.ExperiencePool.load(config.pool)
+    optimizer = torch.optim.AdamW(
+        policy.model.parameters(), lr=config.learning_rate, weight_decay=0.1)
     for step in range(1, SUPERVISED_STEPS + 1):
         batch = rlep.questions_of_step(problems, config, step)
         for first in range(0, len(batch), config.minibatch_prompts):
             answers = []
             for problem in batch[first:first + config.minibatch_prompts]:
-                prompt = policy.encode_prompt(problem)
-                for text in rlep.draw_replays(pool, problem, config, step):
-                    response = policy.encode_answer(text)
-                    answers.append(rlep.Answer(prompt, response, advantage=1.0))
+                rng = random.Random(rlep.seed_of(config.seed, "supervised", step, problem.key))
+                for text in pool.draw(problem.question, config.group_size, rng, problem.chat):
+                    response = policy.encode_answer(problem, text)
+                    answers.append(rlep.Answer(policy.encode_prompt(problem), response))
             if answers:
-                rlep.update_policy(policy, optimizer, answers, config, config.learning_rate)
+                logprobs, mask = policy.logprobs(answers, temperature=1.0)
+                loss = -logprobs.sum() / mask.sum()  # minus the mean log-prob of the tokens
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
     policy.save(folder)
 
 
