@@ -14,7 +14,7 @@ Not as in the authors' code (a fork of verl; they never published their collecti
     1. a question with fewer than M pool answers uses what it has; theirs adds empty ones scored -1
     2. a replay that is too long is left out; theirs is cut and loses its end token
     3. the token mean is over the whole mini-batch (Eq. 3: one group); theirs over a micro-batch
-    4. mini-batches are counted in questions, so 8 updates per rollout; theirs in answers of G, so 9
+    4. mini-batches are counted in questions: 512 / 64 are 8 updates a rollout; theirs in answers: 9
     5. a mini-batch without gradient makes no step; in theirs, momentum and weight decay go on
 As there, but not in the paper: dual clip, unbiased std + 1e-6, pi_old of replays (policy_loss).
 Letters: P prompts, G fresh and M replayed answers to each, n answers, t tokens, V vocabulary."""
@@ -59,7 +59,7 @@ class Config:
     model: str = ""  # hub id or folder; without one, run and train make a tiny base model
     chat_template_kwargs: str = "{}"  # JSON, for the chat template: '{"enable_thinking": false}'
     data: str = ""  # training problems, a .jsonl file; without one, embedded problems
-    eval_data: str = ""  # held-out problems; without them, the last --eval_size of --data
+    eval_data: str = ""  # held-out problems; without them, the first --eval_size of --data
     train_size: int = 1536  # training problems used, at most
     eval_size: int = 256  # held-out problems used, at most
     pool: str = ""  # experience pool to replay, a .jsonl file: with one, train is RLEP
@@ -93,7 +93,7 @@ class Config:
     warmup_steps: int = 450  # supervised steps that make the tiny base model
 
 
-# The defaults where no --model is given: of the tiny model on the embedded problems.
+# The defaults without --model: those of the tiny model on the embedded problems.
 EMBEDDED = {"train_size": 512, "bf16": 0, "prompts_per_step": 32, "minibatch_prompts": 4,
             "max_new_tokens": 52, "steps": 24, "learning_rate": 1e-4, "lr_warmup_steps": 1,
             "save_every": 1, "collect_k": 32, "eval_every": 3}
@@ -108,7 +108,7 @@ class Problem:
 
     @property
     def key(self):
-        return self.question, self.chat  # by which pool, seeds and run folders know a problem
+        return self.question, self.chat  # identifies a problem in pool, seeds and data files
 
 
 @dataclass
@@ -120,7 +120,7 @@ class Answer:
     correct: bool = False
     reward: float = 0.0
     advantage: float = 0.0  # Eq. 5: one number for all its tokens
-    old_logprobs: Tensor | None = None  # (t,) log pi_old; None: the advantage is 0, none is needed
+    old_logprobs: Tensor | None = None  # (t,) log pi_old; None where the advantage is 0
 
 
 # ---- The equations -------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, eps: float = 1e-6) -> T
         reward = rewards[members]
         if len(reward) == 1:
             advantages[members] = reward / (1 + eps)
-        elif (reward != reward[0]).any():  # else the mean's rounding would be divided by eps
+        elif (reward != reward[0]).any():  # equal ones stay 0: rounding / eps would be noise
             advantages[members] = (reward - reward.mean()) / (reward.std() + eps)
     return advantages
 
@@ -151,7 +151,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     """Eq. 3 and 4 as a loss: minus the token mean of min(ratio A, clip(ratio, 1-low, 1+high) A).
     logprobs, old_logprobs, mask (n, t), the mask 0/1 of any dtype; advantages (n,), one per answer.
     dual_clip (authors' code; 0 or None: off) keeps the objective above dual_clip A where A < 0.
-    num_tokens: the divisor, that of the whole mini-batch for a micro-batch: their losses add up.
+    num_tokens: the divisor; give micro-batches that of the mini-batch, and their losses add up.
     Returns the loss and the shares of tokens clipped below (A < 0) and above (A > 0). A replayed
     answer's old log-probs are not those of the policy that wrote it but of the policy at the start
     of the step, as in the authors' code: replay is imitation, weighted by A."""
@@ -238,22 +238,22 @@ def train_step(policy, optimizer, problems, pool, config, step):
     # 2. One baseline for all answers of a group, fresh and replayed (Eq. 5).
     for group in groups:
         rewards = torch.tensor([answer.reward for answer in group])
-        advantages = group_advantages(rewards, torch.zeros(len(group)).int())
+        advantages = group_advantages(rewards, torch.zeros(len(group)).int())  # 0: one group
         for answer, advantage in zip(group, advantages.tolist()):
             answer.advantage = advantage
-    # 3. Old log-probs: those of the policy before its first update, also for replayed answers.
-    for batch in micro_batches(sum(groups, []), config.micro_tokens):
-        with torch.no_grad():
-            logprobs, _ = policy.logprobs(batch, config.temperature)  # (n, t)
-        for answer, row in zip(batch, logprobs):
-            answer.old_logprobs = row[:len(answer.response)].clone()
-    # 4. One update a mini-batch of whole groups (Eq. 4). In the first one every ratio is 1.
-    updates, rate = [], config.learning_rate * min(1.0, step / config.lr_warmup_steps)
-    for first in range(0, len(groups), config.minibatch_prompts):
-        mini_batch = sum(groups[first:first + config.minibatch_prompts], [])
-        updates.append(update_policy(policy, optimizer, mini_batch, config, rate))
-    lost = sum(update["skipped"] for update in updates)
-    if lost:
+    # 3. Old log-probs, of the policy before any update; in its micro-batches, so ratios begin at 1.
+    size = config.minibatch_prompts
+    mini_batches = [sum(groups[first:first + size], []) for first in range(0, len(groups), size)]
+    for mini_batch in mini_batches:
+        for micro_batch in micro_batches(mini_batch, config.micro_tokens):
+            with torch.no_grad():
+                logprobs, _ = policy.logprobs(micro_batch, config.temperature)  # (n, t)
+            for answer, row in zip(micro_batch, logprobs):
+                answer.old_logprobs = row[:len(answer.response)].clone()
+    # 4. One update a mini-batch of whole groups (Eq. 4).
+    rate = config.learning_rate * min(1.0, step / config.lr_warmup_steps)
+    updates = [update_policy(policy, optimizer, batch, config, rate) for batch in mini_batches]
+    if lost := sum(update["skipped"] for update in updates):
         print(f"{lost} of {len(updates)} updates skipped: gradients not finite; try --bf16 0")
     seconds = {"sample_s": sampled - start, "update_s": time.perf_counter() - sampled}
     return metrics_of(policy, groups, updates) | seconds
@@ -283,10 +283,10 @@ def update_policy(policy, optimizer, answers, config, rate):
     """One optimizer step on a mini-batch (Eq. 4), none if all advantages are 0. Returns metrics."""
     num_tokens = sum(len(answer.response) for answer in answers)  # also those without gradient
     metrics = {"loss": 0.0, "clip_low": 0.0, "clip_high": 0.0}  # sums over micro-batches
-    for batch in micro_batches(answers, config.micro_tokens):
-        logprobs, mask = policy.logprobs(batch, config.temperature)  # (n, t)
-        old_logprobs = pad_sequence([answer.old_logprobs for answer in batch], batch_first=True)
-        advantages = torch.tensor([answer.advantage for answer in batch], device=mask.device)
+    for micro_batch in micro_batches(answers, config.micro_tokens):
+        logprobs, mask = policy.logprobs(micro_batch, config.temperature)  # (n, t)
+        old_logprobs = pad_sequence([a.old_logprobs for a in micro_batch], batch_first=True)
+        advantages = torch.tensor([a.advantage for a in micro_batch], device=mask.device)  # (n,)
         loss, stats = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip_low,
                                   config.clip_high, config.dual_clip, num_tokens)
         loss.backward()  # gradients of micro-batches add up to that of the mini-batch
@@ -297,7 +297,7 @@ def update_policy(policy, optimizer, answers, config, rate):
         optimizer.zero_grad()
         return {"skipped": 1}
     optimizer.param_groups[0]["lr"] = rate
-    optimizer.step()  # where no answer had a gradient, there is none, and nothing changes
+    optimizer.step()  # AdamW skips weights without gradient: all, where all advantages are 0
     optimizer.zero_grad()
     return metrics | {"grad_norm": norm, "skipped": 0}
 
@@ -307,7 +307,7 @@ def metrics_of(policy, groups, updates):
     answers = sum(groups, [])
     fresh = [answer for answer in answers if not answer.replayed]
     teaching = [group for group in groups if any(answer.advantage for answer in group)]
-    # Their mean estimates the entropy, over the tokens of fresh answers that have a gradient.
+    # The mean of -log pi estimates the entropy: of tokens of fresh answers, where it is known.
     surprise = [-answer.old_logprobs for answer in fresh if answer.advantage]
     metrics = {
         "accuracy": fmean(answer.correct for answer in fresh),
@@ -321,23 +321,22 @@ def metrics_of(policy, groups, updates):
         "trained_tokens": sum(len(answer.response) for answer in answers if answer.advantage),
         "skipped": fmean(update["skipped"] for update in updates),
     }
-    taken = [update for update in updates if not update["skipped"]]
+    finite = [update for update in updates if not update["skipped"]]
     for name in ("loss", "clip_low", "clip_high", "grad_norm"):
-        metrics[name] = fmean(update[name] for update in taken) if taken else None
+        metrics[name] = fmean(update[name] for update in finite) if finite else None
     return metrics
 
 
 # ---- The phases ----------------------------------------------------------------------------------
 def train(config, problems, held_out):
-    """One arm from the base model: RLEP with --pool, else vanilla RL. Returns OUT/summary.json."""
-    out, used = Path(config.out), ["replays"] if config.pool else []
+    """One arm from the base model: RLEP with --pool, else vanilla RL. Returns its summary."""
+    out, used = Path(config.out), (["replays"] if config.pool else [])
     summary = open_folder("train", config, problems + held_out, used)
     if summary.get("step", -1) >= config.steps and (out / "policy").exists():
         return summary
     config = replace(config, model=config.model or make_base(config, out / "base"))
     policy = Policy(config, problems + held_out)
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.1)  # paper: 0.1
-    # The pool is all that the two arms differ in.
     pool = ExperiencePool.load(config.pool) if config.pool else ExperiencePool()
     require(not config.pool or any(map(pool.texts_of, problems)), f"{config.pool}: of other data")
     arm = f"RLEP, M = {config.replays}" if config.pool else "vanilla RL"
@@ -347,14 +346,15 @@ def train(config, problems, held_out):
     if checkpoint.exists():
         with blame(f"{checkpoint}: cannot be loaded"):
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            policy.model.load_state_dict(state.pop("model"))  # pop: and its memory is free again
+            policy.model.load_state_dict(state.pop("model"))  # pop frees its memory
             optimizer.load_state_dict(state.pop("adam"))
             rows += state["rows"]
-    for step in range(len(rows), config.steps + 1):
+    require(len(rows) <= config.steps + 1, f"{out}: has more steps already; give more --steps")
+    for step in range(len(rows), config.steps + 1):  # step 0 only evaluates
         row, last = {"step": step}, step == config.steps
         if step > 0:
-            batch = questions_of_step(problems, config, step)
-            row |= train_step(policy, optimizer, batch, pool, config, step)
+            questions = questions_of_step(problems, config, step)
+            row |= train_step(policy, optimizer, questions, pool, config, step)
             print(f"{arm}, step {step} of {config.steps}: accuracy {row['accuracy']:.1%}, without "
                   f"gradient {row['zero_variance']:.0%} of groups, cut {row['truncated']:.0%}")
         if step % config.eval_every == 0 or last:
@@ -372,7 +372,7 @@ def train(config, problems, held_out):
 
 
 def questions_of_step(problems, config, step):
-    """P questions, the same in both arms: shuffled epochs, each without its incomplete rest."""
+    """P questions, the same in both arms: shuffled epochs, without what does not fill a step."""
     number = min(config.prompts_per_step, len(problems))
     epoch, place = divmod(step - 1, len(problems) // number)
     rng = random.Random(seed_of(config.seed, "order", epoch))
@@ -393,7 +393,7 @@ def collect(config, problems):
         batch = problems[first:first + config.prompts_per_step]
         for problem, responses in policy.sample(batch, config.collect_k, settings, "collection"):
             for response in responses:
-                if response[-1] in policy.ends:
+                if response[-1] in policy.ends:  # else it is cut
                     pool.add(problem.question, problem.gold, policy.decode(response), problem.chat)
         print(f"collection: {first + len(batch)} of {len(problems)} questions, {len(pool)} answers")
     pool.entries = {key: entry for key, entry in pool.entries.items() if len(entry[1]) >= 2}
@@ -404,15 +404,15 @@ def collect(config, problems):
 
 
 def run(config, problems, held_out):
-    """The whole method: base model, vanilla RL, collection, RLEP from the base, both curves."""
+    """The whole method: base model, vanilla RL, collection, RLEP from the base; a picture."""
     out = Path(config.out)
-    # The pool is by the policy of vanilla RL's last step, which is fixed once it is begun.
+    # Once the collection has begun, --steps is fixed: the pool is by the policy of the last step.
     used = ["steps"] if (out / "collection").exists() else []
     open_folder("run", config, problems + held_out, used)
     config = replace(config, model=config.model or make_base(config, out / "base"))
     vanilla = train(replace(config, out=f"{out}/vanilla"), problems, held_out)
-    collection = replace(config, out=f"{out}/collection", model=f"{out}/vanilla/policy")
-    collected = collect(collection, problems)
+    settings = replace(config, out=f"{out}/collection", model=f"{out}/vanilla/policy")
+    collected = collect(settings, problems)
     shutil.copy(out / "collection/pool.jsonl", out)
     rlep = train(replace(config, out=f"{out}/rlep", pool=f"{out}/pool.jsonl"), problems, held_out)
     write_rows(out / "summary.json", [{**collected, "vanilla": vanilla, "rlep": rlep}])
@@ -432,9 +432,9 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
             temperature: float = 1.0, top_p: float = 1.0, eos_token_id: int | list[int],
             pad_token_id: int, seeds: list[int] | None = None):
     """Samples group_size answers to each of P prompts, all as token ids: a list of P lists of
-    group_size lists, with the end token where it was reached. Finished answers leave the batch.
+    group_size lists, with the end token where it was reached. Finished answers leave by and by.
     seeds: one per prompt; else torch decides. Calls read_prompts and sample_tokens."""
-    # 1. Read each prompt once, but for its last token. From here on a row is an answer.
+    # 1. Read each prompt once, all but its last token, into the cache. Then a row is an answer.
     owner = torch.arange(len(prompts), device=model.device).repeat_interleave(group_size)  # (n,)
     width = max(2, *map(len, prompts)) - 1  # columns of the key-value cache that prompts take
     layers = range(model.config.get_text_config().num_hidden_layers)
@@ -458,7 +458,7 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
         token = sample_tokens(logits, uniform[t, row], temperature, top_p)  # (rows,)
         sampled[row, t] = token
         done = done | torch.isin(token, ends)
-        if t % 4 == 3:  # not at every token: to look at done, the CPU waits for a GPU
+        if t % 4 == 3:  # not at every token: looking at done makes the CPU wait for a GPU
             keep = (~done).nonzero()[:, 0]
             if len(keep) == 0:
                 break
@@ -466,7 +466,7 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
                 for layer in cache.layers:
                     layer.keys, layer.values = layer.keys[keep], layer.values[keep]
                 row, token, done, seen = row[keep], token[keep], done[keep], seen[keep]
-    # 4. Cut each answer behind its first end token.
+    # 4. Cut each answer after its first end token.
     stops = (torch.isin(sampled, ends).cumsum(1) == 0).sum(1).tolist()  # tokens before it
     answers = [tokens[:stop + 1] for tokens, stop in zip(sampled.tolist(), stops)]
     return [answers[first:first + group_size] for first in range(0, len(answers), group_size)]
@@ -476,7 +476,7 @@ def read_prompts(model, prompts: list[list[int]], owner: Tensor, cache):
     """Runs all tokens of P prompts but the last through the model, and gives each answer a row of
     the key-value cache: row i is a copy of that of prompt owner[i], owner (n,). Returns seen
     (n, width), which columns of the cache hold a token: prompts are padded on the left."""
-    width = max(max(len(prompt) for prompt in prompts) - 1, 1)  # 1: no model takes an empty row
+    width = max(2, *map(len, prompts)) - 1  # 2: no model takes an empty row
     ids = torch.zeros(len(prompts), width, dtype=torch.long)  # (P, width)
     seen = torch.zeros(len(prompts), width, dtype=torch.bool)
     for i, prompt in enumerate(prompts):
@@ -500,8 +500,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
     probs = torch.softmax(logits.float() / temperature, -1)  # (rows, V)
     if top_p < 1:
         ordered, index = probs.sort(-1, descending=True)
-        # The smallest set that reaches top_p stays: those before which there is less than top_p.
-        ordered.masked_fill_(ordered.cumsum(-1) - ordered >= top_p, 0)
+        ordered.masked_fill_(ordered.cumsum(-1) - ordered >= top_p, 0)  # the smallest set stays
         probs = torch.zeros_like(probs).scatter_(-1, index, ordered)
     cumulative = probs.cumsum(-1)
     # 1 - uniform is above 0, so that a token of probability 0 is never drawn.
@@ -512,20 +511,20 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
 def response_logprobs(model, prompts: list[list[int]], responses: list[list[int]], *,
                       temperature: float = 1.0):
     """log pi_theta of every response token: n prompts, n responses -> logprobs (n, t), mask (n, t).
-    Prompts are read as in sampling, each distinct one once, but with gradient. Logits must be the
-    output embedding of the last hidden state: see check_model. Calls read_prompts."""
+    Each distinct prompt is read once. Logits must be the output embedding of the last hidden state
+    (see check_model); no gradient checkpointing, which drops the cache. Calls read_prompts."""
     distinct = list(dict.fromkeys(map(tuple, prompts)))  # P prompts
     owner = torch.tensor([distinct.index(tuple(prompt)) for prompt in prompts], device=model.device)
     cache = DynamicCache()
     seen = read_prompts(model, distinct, owner, cache)  # (n, width)
-    # The token before a response's first is its prompt's last, and so on: n rows, shifted by one.
+    # Inputs: a prompt's last token and the response but its last token; targets: the response.
     rows = [torch.tensor([prompt[-1], *answer]) for prompt, answer in zip(prompts, responses)]
     rows = pad_sequence(rows, batch_first=True).to(model.device)  # (n, 1 + t), padded on the right
     inputs, targets = rows[:, :-1], rows[:, 1:]  # (n, t)
     columns = torch.arange(inputs.shape[1], device=model.device)  # (t,)
     mask = columns < torch.tensor([[len(answer)] for answer in responses], device=model.device)
     hidden = model.base_model(
-        inputs, attention_mask=torch.cat([seen, mask], dim=1),  # and causal
+        inputs, attention_mask=torch.cat([seen, mask], dim=1),  # the model adds the causal one
         position_ids=seen.sum(1, keepdim=True) + columns, past_key_values=cache,
     ).last_hidden_state  # (n, t, d)
     logits = model.get_output_embeddings()(hidden[mask]).float() / temperature  # (tokens, V)
@@ -537,13 +536,13 @@ def micro_batches(answers, micro_tokens):
     """Lists of at most micro_tokens tokens, padding included, or of one longer answer. Answers of
     advantage 0 have no gradient and are left out."""
     batches, teaching = [], [answer for answer in answers if answer.advantage != 0]
-    # Responses of like length together, and of one prompt: little padding, few prompts to read.
+    # Lengths within a factor of 2 together, then prompts: little padding, few prompts to read.
     teaching.sort(key=lambda a: (len(a.response).bit_length(), len(a.prompt), a.prompt))
     for answer in teaching:
-        batch = [*batches[-1], answer] if batches else [answer]
-        width = max(len(a.prompt) for a in batch) + max(len(a.response) for a in batch)
-        if len(batch) > 1 and len(batch) * width <= micro_tokens:
-            batches[-1] = batch
+        longer = [*batches[-1], answer] if batches else [answer]
+        width = max(len(a.prompt) for a in longer) + max(len(a.response) for a in longer)
+        if len(longer) > 1 and len(longer) * width <= micro_tokens:
+            batches[-1] = longer
         else:
             batches.append([answer])
     return batches
@@ -551,11 +550,11 @@ def micro_batches(answers, micro_tokens):
 
 class Policy:
     """A causal language model with its tokenizer. Weights are fp32, as bf16 would round small
-    updates away. With --bf16 1 their arithmetic is bf16 (torch.autocast), and a bf16 copy samples.
+    updates away. With --bf16 1 the update is in bf16 (torch.autocast); a bf16 copy samples, fast.
     Raises UserError if it cannot be loaded or trained correctly."""
 
     def __init__(self, config, problems):
-        # Its attention gave NaN gradients on H100 (pytorch 196678), wrong samples on B200 (193893).
+        # cuDNN's attention gave NaN gradients on H100 (pytorch 196678), wrong samples on B200.
         torch.backends.cuda.enable_cudnn_sdp(False)
         self.name = f"--model {config.model}"
         fault = "cannot be loaded" if os.path.exists(config.model) else "no such folder or hub id"
@@ -569,6 +568,7 @@ class Policy:
         self.tokenizer.chat_template = self.tokenizer.chat_template or PLAIN_TEMPLATE
         end, stops = self.find_end(), self.model.generation_config.eos_token_id
         require(end is not None, f"{self.name}: no end token; give its tokenizer an eos_token")
+        # The ids of all end tokens; stops is a list, one id or None.
         self.ends = [end, *(stops if isinstance(stops, list) else {stops} - {None})]
         self.sampler = copy.deepcopy(self.model) if config.bf16 else self.model
         self.autocast = torch.autocast(self.model.device.type, torch.bfloat16, config.bf16 > 0)
@@ -592,12 +592,12 @@ class Policy:
             return self.tokenizer.apply_chat_template(chat, tokenize=False, **more, **self.kwargs)
 
     def encode_prompt(self, problem, text=""):
-        """Token ids of a prompt, and of a text behind it."""
+        """Token ids of a prompt, and of a text after it."""
         prompt = self.apply_template(messages(problem), add_generation_prompt=True)
         return self.tokenizer(prompt + text, add_special_tokens=False).input_ids
 
     def encode_answer(self, problem, text):
-        """Token ids of a text as a response: as behind the prompt, with the end token."""
+        """Token ids of a text as a response: as they are after the prompt, with the end token."""
         prompt, ids = self.encode_prompt(problem), self.encode_prompt(problem, text)
         if ids[:len(prompt)] != prompt:  # a token reaches across the border
             ids = prompt + self.tokenizer(text, add_special_tokens=False).input_ids
@@ -605,7 +605,8 @@ class Policy:
 
     def decode(self, response):
         """What a response says: without its end token, with other special ones, such as <think>."""
-        return self.tokenizer.decode([token for token in response if token not in self.ends])
+        tokens = [token for token in response if token not in self.ends]
+        return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
 
     def update_sampler(self):
         """Gives the bf16 copy the present weights. Without one, sampler and model are the same."""
@@ -616,9 +617,9 @@ class Policy:
     def sample(self, problems, k, config, *purpose):
         """Yields (problem, k responses). purpose, as "rollout", step, is a part of every seed."""
         self.update_sampler()
-        questions = max(1, config.sample_rows // k)  # at once
-        for first in range(0, len(problems), questions):
-            batch = problems[first:first + questions]
+        at_once = max(1, config.sample_rows // k)  # questions
+        for first in range(0, len(problems), at_once):
+            batch = problems[first:first + at_once]
             prompts = [self.encode_prompt(problem) for problem in batch]
             seeds = [seed_of(config.seed, *purpose, problem.key) for problem in batch]
             groups = rollout(self.sampler, prompts, k, max_new_tokens=config.max_new_tokens,
@@ -640,7 +641,7 @@ class Policy:
 
 
 def seed_of(*parts):
-    """A seed for one purpose, as of (seed, "rollout", step, key): no state has to be kept."""
+    """A number that depends on all parts, as (seed, "rollout", step, key): no state is kept."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
@@ -651,13 +652,13 @@ def mean_at_k(correct: list[list[bool]]):
 
 
 def pass_at_k(correct: list[list[bool]], k: int):
-    """The chance that one of k answers is correct: 1 - C(n - c, k) / C(n, k), c of n correct."""
+    """The chance that at least one of k is correct: 1 - C(n - c, k) / C(n, k), c of n correct."""
     n = len(correct[0])
     return 1 - fmean(math.comb(n - sum(row), k) / math.comb(n, k) for row in correct)
 
 
 def evaluate(policy, problems, config, title, step=None):
-    """k answers to each problem. Prints the accuracy and one; a run keeps all in answers.jsonl."""
+    """k answers to each problem. Prints accuracy and one of them. With a step, OUT keeps all."""
     rows = []
     for problem, responses in policy.sample(problems, config.k, config, "evaluation"):
         texts = [policy.decode(response) for response in responses]
@@ -679,7 +680,7 @@ def read_rows(path):
     """Yields ("FILE:LINE", row) for the JSON lines of a file. Raises UserError on a bad one."""
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         if line.strip():
-            with blame(f"{path}:{number}: each line must be a JSON object, as of pandas' to_json"):
+            with blame(f"{path}:{number}: each line must be a JSON object, as in pandas' to_json"):
                 yield f"{path}:{number}", {**json.loads(line)}
 
 
@@ -713,16 +714,15 @@ def load_problems(config):
     def load(path):
         found = [row_to_problem(row, where) for where, row in read_rows(path)]
         require(found, f"{path}: no problems")
-        first = {problem.key: problem for problem in reversed(found)}
+        first = {problem.key: problem for problem in reversed(found)}  # of equal keys
         return [problem for problem in found if problem is first[problem.key]]
     size, used = config.eval_size, config.train_size
     problems = load(config.data) if config.data else embedded_problems(used + size, seed=0)
-    others = load(config.eval_data) if config.eval_data else problems[-size:]
+    others = load(config.eval_data) if config.eval_data else problems
     held_out = {problem.key: problem for problem in others[:size]}
     rest = [problem for problem in problems if problem.key not in held_out]
-    training = rest[:used]
-    print(f"training on {len(training)} of {len(rest)}, held out {len(held_out)} of {len(others)}")
-    return training, list(held_out.values())
+    print(f"training on {len(rest[:used])} of {len(rest)}, held out {len(held_out)}/{len(others)}")
+    return rest[:used], list(held_out.values())
 
 
 # ---- The embedded problems and their base model: nothing to download -----------------------------
@@ -771,7 +771,7 @@ def save_untrained(folder, seed):
 
 def make_base(config, folder):
     """The embedded base model's folder. It could solve many problems, but nearly always gives up:
-    three examples in four teach how a begun working goes on, one that few are begun."""
+    three examples in four teach to go on with a working, the fourth to begin one only rarely."""
     if (folder / "policy").exists():
         return str(folder / "policy")
     save_untrained(folder / "initial", seed_of(config.seed, "weights"))
@@ -785,15 +785,15 @@ def make_base(config, folder):
             if place % 4 > 0:
                 working = policy.encode_answer(problem, write_working(problem.question, rng))
                 answers.append(Answer(prompt + begin, working, advantage=1.0))
-            else:  # both choices, weighted by how often they shall be made
+            else:  # both choices; the advantage is the weight of an example here
                 share = {2: 1 / 8, 3: 1 / 32, 4: 1 / 128}[problem.question.count("*")]
                 give_up = policy.encode_answer(problem, "\\boxed{?}")
                 answers.append(Answer(prompt, begin, advantage=share))
                 answers.append(Answer(prompt, give_up, advantage=1 - share))
-        # Supervised learning: minus the mean log-prob of the tokens.
         logprobs, mask = policy.logprobs(answers, temperature=1.0)  # (n, t)
-        weights = torch.tensor([answer.advantage for answer in answers], device=mask.device)
-        (-(weights[:, None] * logprobs).sum() / mask.sum()).backward()
+        weights = torch.tensor([[answer.advantage] for answer in answers], device=mask.device)
+        loss = -(weights * logprobs).sum() / mask.sum()  # supervised: minus the mean log-prob
+        loss.backward()
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / config.warmup_steps)
         optimizer.step()
         optimizer.zero_grad()
@@ -985,9 +985,9 @@ def check_model(policy, loading, problems, max_new_tokens):
         ids = torch.tensor([prompt + response], device=model.device)
         plain = model(ids, logits_to_keep=17).logits[0, :-1].log_softmax(-1)  # (16, V)
         chosen = plain[range(16), response]
-        below, error = (plain.amax(-1) - chosen).max(), (ours - chosen).abs().max()
-        require(below < bound and error < 1e-3, f"{name}: cannot be trained here; sampled tokens "
-                f"are {below:.2g} below the best, their log-probs wrong by {error:.2g}")
+        gap, error = (plain.amax(-1) - chosen).max(), (ours - chosen).abs().max()
+        require(gap < bound and error < 1e-3, f"{name}: cannot be trained here; sampled tokens are "
+                f"{gap:.2g} below the best ones, their log-probs wrong by {error:.2g}")
 
 
 # ---- Run folders ---------------------------------------------------------------------------------
@@ -1012,7 +1012,7 @@ def open_folder(command, config, problems, used):
     changed = [f"--{name}" if hasattr(config, name) else name for name, value in settings.items()
                if value != old.get(name) and (name in used or name not in MAY_CHANGE)]
     files = {file.name for file in out.iterdir()} - {"config.json.partial"}
-    begun = files > {"config.json"} or files and set(old) != set(settings)
+    begun = files > {"config.json"} or (files and set(old) != set(settings))
     require(not (begun and changed), f"{out}: had other {', '.join(changed)}; give another --out")
     write_rows(out / "config.json", [settings])
     summary = saved_row(out / "summary.json")
@@ -1080,7 +1080,7 @@ def parse(argv):
     for name, value in asdict(config).items():
         zero = name in ("seed", "bf16", "dual_clip", "overlong_buffer")
         good = isinstance(value, str) or value > 0 or value == 0 and zero
-        require(good, f"--{name} {value}: must be above 0")
+        require(good, f"--{name} {value}: must be above 0{', or 0' * zero}")
     require(not config.pool or command == "train", "--pool: is for train")
     names = [Path(path).name for path in (config.model, config.data, config.pool) if path]
     config.out = config.out or f"runs/{'-'.join([command, *names])}-seed{config.seed}"

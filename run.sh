@@ -30,6 +30,22 @@ if [ -z "${RLEP_PYTHON:-}" ] && ! cmp -s requirements.txt .venv/installed.txt; t
     cp requirements.txt .venv/installed.txt
 fi
 
+# Shapes vary from batch to batch: without this, a GPU's memory is soon in pieces.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+if [ -n "${RLEP_PYTHON:-}" ]; then  # packages of its own: which are not those that were tested?
+    "$python" - <<'END' >&2
+from importlib.metadata import PackageNotFoundError, version
+for line in open("requirements.txt"):
+    name, _, tested = line.strip().partition("==")
+    try:
+        found = version(name).split("+")[0]
+    except PackageNotFoundError:
+        found = "missing"
+    if found != tested:
+        print(f"run.sh: {name} is {found}; tested was {tested}")
+END
+fi
+
 # Ten seeds, two at a time, one core each. Started again, it goes on where it was.
 evidence() {
     mkdir -p runs/evidence

@@ -359,6 +359,20 @@ def test_eq5_a_step(policy, two_problems, monkeypatch):
     rlep.train_step(policy, optimizer, problems, pool, config, 9)
     assert rate == 0.02 and [(len(a), new) for a, _, new in seen[3:]] == [(34, 0.08), (16, 0.08)]
 
+def test_ratios_begin_at_1_in_bf16(tiny, two_problems, monkeypatch):
+    """Exactly, however the mini-batches are cut: both log-probs come from the same micro-batches."""
+    policy, (problems, pool), seen = load(tiny, bf16=1), two_problems, []
+    real = rlep.policy_loss
+    def loss(logprobs, old_logprobs, advantages, mask, *rest):
+        seen.append((logprobs - old_logprobs)[mask].abs().max().item())
+        return real(logprobs, old_logprobs, advantages, mask, *rest)
+    monkeypatch.setattr(rlep, "policy_loss", loss)
+    monkeypatch.setattr(rlep, "score", lambda problem, text: len(text) % 3.0)
+    optimizer = torch.optim.AdamW(policy.model.parameters())
+    config = step_config(micro_tokens=100, learning_rate=0.0, group_size=9)
+    rlep.train_step(policy, optimizer, problems, pool, config, 1)
+    assert len(seen) > 2 and max(seen) == 0
+
 def test_metrics_without_gradient_are_null(policy, two_problems, monkeypatch, capsys):
     """Where no group teaches, no entropy; where no update is taken, no loss, but it is said."""
     optimizer, values = torch.optim.AdamW(policy.model.parameters()), iter([-1.0] * 32)
@@ -772,15 +786,17 @@ def test_problems_of_files(tmp_path, capsys):
     assert len(rlep.load_problems(settings("", eval_data=test))[0]) == 512
     write_rows(tmp_path / "a", [{"question": f"{i % 30}", "answer": i} for i in range(40)])
     problems, held_out = rlep.load_problems(Config(data=train, eval_size=8, train_size=15))
-    assert [int(p.gold) for p in problems + held_out] == [*range(15), *range(22, 30)]
-    assert capsys.readouterr().out.endswith("\ntraining on 15 of 22, held out 8 of 8\n")
+    assert [int(p.gold) for p in problems + held_out] == [*range(8, 23), *range(8)]
+    assert capsys.readouterr().out.endswith("\ntraining on 15 of 22, held out 8/30\n")
     assert len(rlep.load_problems(Config(data=train, eval_size=8))[0]) == 22  # it is "at most"
 
 # ---- The embedded problems and their base model --------------------------------------------------
 def test_embedded_problems():
     """Lengths 2, 3, 4 in turn, golds and noiseless workings right; hard products are guesses."""
     rng, quiet, hard = random.Random(0), random.Random(0), Counter()
-    quiet.random, problems = lambda: 0.95, sum(rlep.load_problems(settings("")), [])
+    training, held_out = rlep.load_problems(settings(""))
+    quiet.random, problems = lambda: 0.95, held_out + training
+    assert held_out == rlep.load_problems(settings("", train_size=9))[1]  # whatever the training
     for place, problem in enumerate(problems):
         length = problem.question.count("*")
         assert length == 2 + place % 3 and eval(problem.question[:-10]) % 10 == int(problem.gold)
@@ -1149,11 +1165,13 @@ def test_flags_that_may_change(interrupted, finished, words, data, tmp_path, mon
     shutil.rmtree(out / "rlep")
     crash("train_step", 1, [*command, "--replays", "3"])  # and now begins
 
-def test_more_steps(trained, words, tmp_path):
+def test_more_steps(trained, words, tmp_path, error):
     """A train of 4 steps that goes on to 6 ends as one of 6, with one more evaluation."""
     run = tmp_path / "run"
     for steps in (4, 6, 5):  # fewer than there are: it is finished
         assert main(words(run, "--steps", steps)) == 0
+    (shutil.copytree(run, tmp_path / "begun") / "summary.json").unlink()
+    assert "give more --steps" in error(words(tmp_path / "begun", "--steps", 5))
     assert snapshot(run / "policy") == snapshot(trained / "policy")
     ours, theirs = (read_rows(place / "metrics.jsonl") for place in (run, trained))
     extra = {name: ours[4].pop(name) for name in ("mean_at_k", "pass_at_k")}
