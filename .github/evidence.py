@@ -209,8 +209,9 @@ def draw_both(arms: dict, path: Path, highest: float = 100) -> None:
 def draw_panels(arms: dict, path: Path) -> None:
     """A small panel for every arm but vanilla RL, beside which each is drawn, on one scale."""
     others = [name for name in arms if name != VANILLA]
-    figure = Figure(figsize=(9, 5.6), layout="constrained")
-    panels = figure.subplots(2, 3, sharex=True, sharey=True).flat
+    rows = -(-len(others) // 3)
+    figure = Figure(figsize=(9, 2.8 * rows), layout="constrained")
+    panels = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False).flat
     for axis, name in zip(panels, others):
         draw_arm(axis, arms[VANILLA], GREY, VANILLA, thin=False)
         draw_arm(axis, arms[name], BLUE, name, thin=False)
