@@ -241,9 +241,9 @@ def train_step(policy, optimizer, problems, pool, config, step):
         advantages = group_advantages(rewards, torch.zeros(len(group)).int())  # 0: one group
         for answer, advantage in zip(group, advantages.tolist()):
             answer.advantage = advantage
-    # 3. Old log-probs, of the policy before any update; in its micro-batches, so ratios begin at 1.
-    size = config.minibatch_prompts
-    mini_batches = [sum(groups[first:first + size], []) for first in range(0, len(groups), size)]
+    # 3. Old log-probs, before any update, also of replays; in its micro-batches: ratios begin at 1.
+    starts = range(0, len(groups), config.minibatch_prompts)
+    mini_batches = [sum(groups[i:i + config.minibatch_prompts], []) for i in starts]
     for mini_batch in mini_batches:
         for micro_batch in micro_batches(mini_batch, config.micro_tokens):
             with torch.no_grad():
@@ -432,8 +432,8 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
             temperature: float = 1.0, top_p: float = 1.0, eos_token_id: int | list[int],
             pad_token_id: int, seeds: list[int] | None = None):
     """Samples group_size answers to each of P prompts, all as token ids: a list of P lists of
-    group_size lists, with the end token where it was reached. Finished answers leave by and by.
-    seeds: one per prompt; else torch decides. Calls read_prompts and sample_tokens."""
+    group_size lists, with the end token where it was reached. seeds: one per prompt, else torch's.
+    Number [t, i] of a seed decides token t of answer i. Calls read_prompts and sample_tokens."""
     # 1. Read each prompt once, all but its last token, into the cache. Then a row is an answer.
     owner = torch.arange(len(prompts), device=model.device).repeat_interleave(group_size)  # (n,)
     width = max(2, *map(len, prompts)) - 1  # columns of the key-value cache that prompts take
@@ -441,7 +441,7 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
     cache = Cache(layers=[StaticLayer(width + max_new_tokens) for _ in layers])
     seen = pad(read_prompts(model, prompts, owner, cache), (0, max_new_tokens))  # (n, columns)
     token = torch.tensor([prompt[-1] for prompt in prompts], device=model.device)[owner]  # (n,)
-    # 2. Random numbers: a question has its own, drawn on the CPU, so batch and device don't matter.
+    # 2. Random numbers, drawn on the CPU: a question has its own, whatever the batch and device.
     seeds = seeds or torch.randint(2**62, (len(prompts),)).tolist()
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     uniform = [torch.rand(max_new_tokens, group_size, generator=each) for each in generators]
@@ -473,9 +473,9 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
 
 
 def read_prompts(model, prompts: list[list[int]], owner: Tensor, cache):
-    """Runs all tokens of P prompts but the last through the model, and gives each answer a row of
-    the key-value cache: row i is a copy of that of prompt owner[i], owner (n,). Returns seen
-    (n, width), which columns of the cache hold a token: prompts are padded on the left."""
+    """Runs P prompts, but for their last tokens, through the model: once a rollout, and once a
+    micro-batch of the update. Fills the key-value cache: row i is for an answer to prompt owner[i],
+    owner (n,). Returns seen (n, width), which columns hold a token, as padding is on the left."""
     width = max(2, *map(len, prompts)) - 1  # 2: no model takes an empty row
     ids = torch.zeros(len(prompts), width, dtype=torch.long)  # (P, width)
     seen = torch.zeros(len(prompts), width, dtype=torch.bool)
@@ -615,7 +615,7 @@ class Policy:
                 mine.data = trained.data.bfloat16()
 
     def sample(self, problems, k, config, *purpose):
-        """Yields (problem, k responses). purpose, as "rollout", step, is a part of every seed."""
+        """Yields (problem, k responses), as config says. purpose ("rollout", step) seeds them."""
         self.update_sampler()
         at_once = max(1, config.sample_rows // k)  # questions
         for first in range(0, len(problems), at_once):
@@ -803,7 +803,7 @@ def make_base(config, folder):
 
 # ---- The verifier --------------------------------------------------------------------------------
 # \boxed{\frac{\sqrt{8}}{2}\text{ cm}} for the gold answer \sqrt2 is True; \boxed{6+0} for 6, False:
-#   extract_answer: the last box    \frac{\sqrt{8}}{2}\text{ cm}              6+0
+#   extract_answer: the last box    \frac{\sqrt{8}}{2}\text{ cm}  gold: \sqrt2  6+0   gold: 6
 #   TIDY: one spelling of many      \frac{√{2}{8}}{2} cm         √{2}{2}      6+0        6
 #   UNIT: off if one side has none  \frac{√{2}{8}}{2}            √{2}{2}      6+0        6
 #   read: the value, after TO_DO    1.41421356237; one root      the same     one sum    none
@@ -914,7 +914,7 @@ def extract_answer(response: str) -> str | None:
 
 
 def read(tokens: list, weakest: int = 0):
-    """The value of the last tokens, up to a sign that binds less than `weakest`."""
+    """The value of the next tokens, up to a sign that binds less than `weakest`; pop takes one."""
     token = tokens.pop()
     if token in "([{":
         items = [read(tokens, 1)]
