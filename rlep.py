@@ -14,7 +14,7 @@ Not as in the authors' code (a fork of verl; they never published their collecti
     1. a question with fewer than M pool answers uses what it has; theirs adds empty ones scored -1
     2. a replay that is too long is left out; theirs is cut and loses its end token
     3. the token mean is over the whole mini-batch (Eq. 3: one group); theirs over a micro-batch
-    4. mini-batches are counted in questions: 512 / 64 are 8 updates a rollout; theirs in answers: 9
+    4. mini-batches count questions: 512 / 64 are 8 updates; theirs answers: 512 x 18 / 1024 = 9
     5. a mini-batch without gradient makes no step; in theirs, momentum and weight decay go on
 As there, but not in the paper: dual clip, unbiased std + 1e-6, pi_old of replays (policy_loss).
 Letters: P prompts, G fresh and M replayed answers to each, n answers, t tokens, V vocabulary."""
@@ -189,7 +189,7 @@ class ExperiencePool:
         return sum(len(texts) for _, texts in self.entries.values())
 
     def texts_of(self, problem):
-        """The list of a problem's answers, made where there is none."""
+        """The list of a problem's answers; a new, empty one where there is none."""
         return self.entries.setdefault(problem.key, (problem, []))[1]
 
     def add(self, question: str, gold: str, response: str, chat: tuple = ()) -> bool:
@@ -241,7 +241,7 @@ def train_step(policy, optimizer, problems, pool, config, step):
         advantages = group_advantages(rewards, torch.zeros(len(group)).int())  # 0: one group
         for answer, advantage in zip(group, advantages.tolist()):
             answer.advantage = advantage
-    # 3. Old log-probs, before any update, also of replays; in its micro-batches: ratios begin at 1.
+    # 3. Old log-probs before any update, also of replays; micro-batches as in 4: ratios begin at 1.
     starts = range(0, len(groups), config.minibatch_prompts)
     mini_batches = [sum(groups[i:i + config.minibatch_prompts], []) for i in starts]
     for mini_batch in mini_batches:
@@ -281,7 +281,7 @@ def make_groups(policy, problems, pool, config, step):
 
 def update_policy(policy, optimizer, answers, config, rate):
     """One optimizer step on a mini-batch (Eq. 4), none if all advantages are 0. Returns metrics."""
-    num_tokens = sum(len(answer.response) for answer in answers)  # also those without gradient
+    num_tokens = sum(len(answer.response) for answer in answers)  # also of advantage 0
     metrics = {"loss": 0.0, "clip_low": 0.0, "clip_high": 0.0}  # sums over micro-batches
     for micro_batch in micro_batches(answers, config.micro_tokens):
         logprobs, mask = policy.logprobs(micro_batch, config.temperature)  # (n, t)
@@ -307,7 +307,7 @@ def metrics_of(policy, groups, updates):
     answers = sum(groups, [])
     fresh = [answer for answer in answers if not answer.replayed]
     teaching = [group for group in groups if any(answer.advantage for answer in group)]
-    # The mean of -log pi estimates the entropy: of tokens of fresh answers, where it is known.
+    # The mean of -log pi over fresh tokens estimates the entropy; at advantage 0 it is not known.
     surprise = [-answer.old_logprobs for answer in fresh if answer.advantage]
     metrics = {
         "accuracy": fmean(answer.correct for answer in fresh),
@@ -330,7 +330,7 @@ def metrics_of(policy, groups, updates):
 # ---- The phases ----------------------------------------------------------------------------------
 def train(config, problems, held_out):
     """One arm from the base model: RLEP with --pool, else vanilla RL. Returns its summary."""
-    out, used = Path(config.out), (["replays"] if config.pool else [])
+    out, used = Path(config.out), (["replays"] if config.pool else [])  # used: may not change
     summary = open_folder("train", config, problems + held_out, used)
     if summary.get("step", -1) >= config.steps and (out / "policy").exists():
         return summary
@@ -436,7 +436,7 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
     Number [t, i] of a seed decides token t of answer i. Calls read_prompts and sample_tokens."""
     # 1. Read each prompt once, all but its last token, into the cache. Then a row is an answer.
     owner = torch.arange(len(prompts), device=model.device).repeat_interleave(group_size)  # (n,)
-    width = max(2, *map(len, prompts)) - 1  # columns of the key-value cache that prompts take
+    width = max(2, *map(len, prompts)) - 1  # columns for the prompts, as in read_prompts
     layers = range(model.config.get_text_config().num_hidden_layers)
     cache = Cache(layers=[StaticLayer(width + max_new_tokens) for _ in layers])
     seen = pad(read_prompts(model, prompts, owner, cache), (0, max_new_tokens))  # (n, columns)
@@ -446,7 +446,7 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     uniform = [torch.rand(max_new_tokens, group_size, generator=each) for each in generators]
     uniform = torch.cat(uniform, dim=1).to(model.device)  # (max_new_tokens, n)
-    # 3. One token a pass.
+    # 3. One token a pass, the prompt's last one first.
     ends = torch.tensor(eos_token_id, device=model.device).flatten()
     sampled = token.new_full((len(token), max_new_tokens), pad_token_id)  # (n, max_new_tokens)
     row = torch.arange(len(token), device=model.device)  # rows of sampled that are in the batch
@@ -505,7 +505,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
     cumulative = probs.cumsum(-1)
     # 1 - uniform is above 0, so that a token of probability 0 is never drawn.
     target = (1 - uniform[:, None]) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target)[:, 0].clamp(max=probs.shape[-1] - 1)  # for NaN
+    return torch.searchsorted(cumulative, target)[:, 0].clamp(max=probs.shape[-1] - 1)  # NaN: past
 
 
 def response_logprobs(model, prompts: list[list[int]], responses: list[list[int]], *,
@@ -521,7 +521,7 @@ def response_logprobs(model, prompts: list[list[int]], responses: list[list[int]
     rows = [torch.tensor([prompt[-1], *answer]) for prompt, answer in zip(prompts, responses)]
     rows = pad_sequence(rows, batch_first=True).to(model.device)  # (n, 1 + t), padded on the right
     inputs, targets = rows[:, :-1], rows[:, 1:]  # (n, t)
-    columns = torch.arange(inputs.shape[1], device=model.device)  # (t,)
+    columns = torch.arange(inputs.shape[1], device=model.device)  # (t,); one mask serves both
     mask = columns < torch.tensor([[len(answer)] for answer in responses], device=model.device)
     hidden = model.base_model(
         inputs, attention_mask=torch.cat([seen, mask], dim=1),  # the model adds the causal one
@@ -658,7 +658,7 @@ def pass_at_k(correct: list[list[bool]], k: int):
 
 
 def evaluate(policy, problems, config, title, step=None):
-    """k answers to each problem. Prints accuracy and one of them. With a step, OUT keeps all."""
+    """k answers to each problem, by the same random numbers each time; with a step, OUT keeps all."""
     rows = []
     for problem, responses in policy.sample(problems, config.k, config, "evaluation"):
         texts = [policy.decode(response) for response in responses]
