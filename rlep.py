@@ -658,7 +658,7 @@ def pass_at_k(correct: list[list[bool]], k: int):
 
 
 def evaluate(policy, problems, config, title, step=None):
-    """k answers to each problem, by the same random numbers each time; with a step, OUT keeps all."""
+    """k answers to each problem, from the same random numbers; with a step, OUT keeps them all."""
     rows = []
     for problem, responses in policy.sample(problems, config.k, config, "evaluation"):
         texts = [policy.decode(response) for response in responses]
