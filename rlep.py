@@ -256,7 +256,10 @@ def train_step(policy, optimizer, problems, pool, config, step):
     if lost := sum(update["skipped"] for update in updates):
         print(f"{lost} of {len(updates)} updates skipped: gradients not finite; try --bf16 0")
     seconds = {"sample_s": sampled - start, "update_s": time.perf_counter() - sampled}
-    return metrics_of(policy, groups, updates) | seconds
+    metrics = metrics_of(policy, groups, updates) | seconds
+    print(f"step {step} of {config.steps}: accuracy {metrics['accuracy']:.1%}, without gradient "
+          f"{metrics['zero_variance']:.0%} of groups, cut {metrics['truncated']:.0%}")
+    return metrics
 
 
 def make_groups(policy, problems, pool, config, step):
@@ -355,8 +358,6 @@ def train(config, problems, held_out):
         if step > 0:
             questions = questions_of_step(problems, config, step)
             row |= train_step(policy, optimizer, questions, pool, config, step)
-            print(f"{arm}, step {step} of {config.steps}: accuracy {row['accuracy']:.1%}, without "
-                  f"gradient {row['zero_variance']:.0%} of groups, cut {row['truncated']:.0%}")
         if step % config.eval_every == 0 or last:
             row |= evaluate(policy, held_out, config, f"{arm}, step {step}", step)
         rows.append(row)
@@ -389,6 +390,7 @@ def collect(config, problems):
     policy = Policy(config, problems)
     settings = replace(config, temperature=config.collect_temperature, top_p=config.collect_top_p)
     pool = ExperiencePool()
+    # Every question K times, P questions at once; what is right and complete is kept.
     for first in range(0, len(problems), config.prompts_per_step):
         batch = problems[first:first + config.prompts_per_step]
         for problem, responses in policy.sample(batch, config.collect_k, settings, "collection"):
@@ -450,22 +452,20 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
     ends = torch.tensor(eos_token_id, device=model.device).flatten()
     sampled = token.new_full((len(token), max_new_tokens), pad_token_id)  # (n, max_new_tokens)
     row = torch.arange(len(token), device=model.device)  # rows of sampled that are in the batch
-    done = torch.zeros_like(token, dtype=torch.bool)
     for t in range(max_new_tokens):
         seen[:, width + t] = True
         logits = model(token[:, None], attention_mask=seen, past_key_values=cache,
                        position_ids=seen.sum(1, keepdim=True) - 1).logits[:, -1]  # (rows, V)
         token = sample_tokens(logits, uniform[t, row], temperature, top_p)  # (rows,)
         sampled[row, t] = token
-        done = done | torch.isin(token, ends)
-        if t % 4 == 3:  # not at every token: looking at done makes the CPU wait for a GPU
-            keep = (~done).nonzero()[:, 0]
+        if t % 4 == 3:  # which have ended? Not at every token, as the CPU waits for a GPU here
+            keep = (~torch.isin(sampled[row, :t + 1], ends).any(1)).nonzero()[:, 0]
             if len(keep) == 0:
                 break
             if len(keep) < 0.8 * len(row):  # to drop fewer costs more copying than it saves
                 for layer in cache.layers:
                     layer.keys, layer.values = layer.keys[keep], layer.values[keep]
-                row, token, done, seen = row[keep], token[keep], done[keep], seen[keep]
+                row, token, seen = row[keep], token[keep], seen[keep]
     # 4. Cut each answer after its first end token.
     stops = (torch.isin(sampled, ends).cumsum(1) == 0).sum(1).tolist()  # tokens before it
     answers = [tokens[:stop + 1] for tokens, stop in zip(sampled.tolist(), stops)]

@@ -5,6 +5,7 @@ the peak memory of the process. --updates N gives each step N mini-batches; at l
 steps are alike.
 """
 import argparse
+import contextlib
 import json
 import random
 import resource
@@ -43,7 +44,8 @@ def main(words: list[str]) -> None:
     rows = []
     for step in range(1, given.steps + 2):  # the first one warms up
         pool = rlep.ExperiencePool()
-        rows.append(rlep.train_step(policy, optimizer, problems, pool, config, step))
+        with contextlib.redirect_stdout(sys.stderr):  # its line about the step
+            rows.append(rlep.train_step(policy, optimizer, problems, pool, config, step))
     rows = rows[1:]
     print(json.dumps({
         "sample_tok_s": median(row["sampled_tokens"] / row["sample_s"] for row in rows),
