@@ -390,7 +390,6 @@ def collect(config, problems):
     policy = Policy(config, problems)
     settings = replace(config, temperature=config.collect_temperature, top_p=config.collect_top_p)
     pool = ExperiencePool()
-    # Every question K times, P questions at once; what is right and complete is kept.
     for first in range(0, len(problems), config.prompts_per_step):
         batch = problems[first:first + config.prompts_per_step]
         for problem, responses in policy.sample(batch, config.collect_k, settings, "collection"):
@@ -439,9 +438,8 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
     # 1. Read each prompt once, all but its last token, into the cache. Then a row is an answer.
     owner = torch.arange(len(prompts), device=model.device).repeat_interleave(group_size)  # (n,)
     width = max(2, *map(len, prompts)) - 1  # columns for the prompts, as in read_prompts
-    layers = range(model.config.get_text_config().num_hidden_layers)
-    cache = Cache(layers=[StaticLayer(width + max_new_tokens) for _ in layers])
-    seen = pad(read_prompts(model, prompts, owner, cache), (0, max_new_tokens))  # (n, columns)
+    cache = Cache(layer_class_to_replicate=lambda: StaticLayer(width))
+    seen = read_prompts(model, prompts, owner, cache)  # (n, columns)
     token = torch.tensor([prompt[-1] for prompt in prompts], device=model.device)[owner]  # (n,)
     # 2. Random numbers, drawn on the CPU: a question has its own, whatever the batch and device.
     seeds = seeds or torch.randint(2**62, (len(prompts),)).tolist()
@@ -453,19 +451,20 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
     sampled = token.new_full((len(token), max_new_tokens), pad_token_id)  # (n, max_new_tokens)
     row = torch.arange(len(token), device=model.device)  # rows of sampled that are in the batch
     for t in range(max_new_tokens):
+        if t % 8 == 0:  # drop the answers that have ended, and make room for 8 more tokens
+            keep = (~torch.isin(sampled[row, :t], ends).any(1)).nonzero()[:, 0]
+            if len(keep) == 0:
+                break
+            row, token, seen = row[keep], token[keep], pad(seen[keep], (0, 8))
+            for layer in cache.layers:  # (rows, heads, columns, head size)
+                layer.keys = pad(layer.keys[keep], (0, 0, 0, 8))
+                layer.values = pad(layer.values[keep], (0, 0, 0, 8))
+                layer.max_cache_len += 8
         seen[:, width + t] = True
         logits = model(token[:, None], attention_mask=seen, past_key_values=cache,
                        position_ids=seen.sum(1, keepdim=True) - 1).logits[:, -1]  # (rows, V)
         token = sample_tokens(logits, uniform[t, row], temperature, top_p)  # (rows,)
         sampled[row, t] = token
-        if t % 4 == 3:  # which have ended? Not at every token, as the CPU waits for a GPU here
-            keep = (~torch.isin(sampled[row, :t + 1], ends).any(1)).nonzero()[:, 0]
-            if len(keep) == 0:
-                break
-            if len(keep) < 0.8 * len(row):  # to drop fewer costs more copying than it saves
-                for layer in cache.layers:
-                    layer.keys, layer.values = layer.keys[keep], layer.values[keep]
-                row, token, seen = row[keep], token[keep], seen[keep]
     # 4. Cut each answer after its first end token.
     stops = (torch.isin(sampled, ends).cumsum(1) == 0).sum(1).tolist()  # tokens before it
     answers = [tokens[:stop + 1] for tokens, stop in zip(sampled.tolist(), stops)]
@@ -540,8 +539,10 @@ def micro_batches(answers, micro_tokens):
     teaching.sort(key=lambda a: (len(a.response).bit_length(), len(a.prompt), a.prompt))
     for answer in teaching:
         longer = [*batches[-1], answer] if batches else [answer]
-        width = max(len(a.prompt) for a in longer) + max(len(a.response) for a in longer)
-        if len(longer) > 1 and len(longer) * width <= micro_tokens:
+        prompts = {tuple(a.prompt) for a in longer}  # each is read once
+        tokens = len(prompts) * max(map(len, prompts))
+        tokens += len(longer) * max(len(a.response) for a in longer)
+        if len(longer) > 1 and tokens <= micro_tokens:
             batches[-1] = longer
         else:
             batches.append([answer])
@@ -1034,9 +1035,8 @@ def written_whole(path):
 
 def write_rows(path, rows):
     """Writes one JSON line per row, the whole file or nothing."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
     with written_whole(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def saved_row(path):
