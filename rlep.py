@@ -14,7 +14,7 @@ Not as in the authors' code (a fork of verl; they never published their collecti
     1. a question with fewer than M pool answers uses what it has; theirs adds empty ones scored -1
     2. a replay that is too long is left out; theirs is cut and loses its end token
     3. the token mean is over the whole mini-batch (Eq. 3: one group); theirs over a micro-batch
-    4. mini-batches count questions: 512 / 64 are 8 updates; theirs answers: 512 x 18 / 1024 = 9
+    4. mini-batches count questions: 512 / 64 are 8 updates; theirs count answers, and make 9
     5. a mini-batch without gradient makes no step; in theirs, momentum and weight decay go on
 As there, but not in the paper: dual clip, unbiased std + 1e-6, pi_old of replays (policy_loss).
 Letters: P prompts, G fresh and M replayed answers to each, n answers, t tokens, V vocabulary."""
@@ -65,7 +65,7 @@ class Config:
     pool: str = ""  # experience pool to replay, a .jsonl file: with one, train is RLEP
     out: str = ""  # folder of the run; without one, runs/COMMAND-MODEL-DATA-POOL-seedN
     seed: int = 0  # decides the tiny model's weights, order of questions, sampling and replay
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # mps: see pytorch 177116
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # mps is wrong: pytorch 177116
     bf16: int = 1  # 1: bf16 arithmetic on fp32 weights, as is usual on a GPU; 0: all in fp32
     threads: int = torch.get_num_threads()  # of a CPU; a run repeats exactly on equal threads
     prompts_per_step: int = 64  # P, questions per rollout, section 3.1 (paper: 512)
@@ -81,8 +81,8 @@ class Config:
     clip_low: float = 0.2  # epsilon below a ratio of 1, Eq. 3 (paper: 0.2)
     clip_high: float = 0.28  # epsilon above a ratio of 1, Eq. 3 (paper: 0.28)
     dual_clip: float = 10.0  # largest ratio that counts where the advantage is negative; 0: off
-    overlong_buffer: int = 0  # tokens before the limit in which length is penalised (paper: 512)
-    micro_tokens: int = 2048  # tokens per backward pass, which bound its memory
+    overlong_buffer: int = 0  # tokens before the limit that are penalised; 0: off (paper: 512)
+    micro_tokens: int = 2048  # tokens per backward pass, a prompt counted once; bounds memory
     save_every: int = 8  # steps from checkpoint to checkpoint
     replays: int = 2  # M, replayed answers per group, section 3.2 (paper: 2)
     collect_k: int = 16  # answers per question in collection (authors: 64)
@@ -241,7 +241,7 @@ def train_step(policy, optimizer, problems, pool, config, step):
         advantages = group_advantages(rewards, torch.zeros(len(group)).int())  # 0: one group
         for answer, advantage in zip(group, advantages.tolist()):
             answer.advantage = advantage
-    # 3. Old log-probs before any update, also of replays; micro-batches as in 4: ratios begin at 1.
+    # 3. Old log-probs before any update, also of replays; cut as in step 4: ratios begin at 1.
     starts = range(0, len(groups), config.minibatch_prompts)
     mini_batches = [sum(groups[i:i + config.minibatch_prompts], []) for i in starts]
     for mini_batch in mini_batches:
@@ -296,11 +296,11 @@ def update_policy(policy, optimizer, answers, config, rate):
         for name, value in [("loss", loss.item()), *stats.items()]:
             metrics[name] += value
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0).item()  # paper: 1.0
-    if not math.isfinite(norm + metrics["loss"]):  # a step along NaN would end the run
+    if not math.isfinite(norm + metrics["loss"]):  # skipped: a step along NaN would end the run
         optimizer.zero_grad()
         return {"skipped": 1}
     optimizer.param_groups[0]["lr"] = rate
-    optimizer.step()  # AdamW skips weights without gradient: all, where all advantages are 0
+    optimizer.step()  # if all advantages are 0, no weight has a gradient, and AdamW moves none
     optimizer.zero_grad()
     return metrics | {"grad_norm": norm, "skipped": 0}
 
@@ -310,7 +310,7 @@ def metrics_of(policy, groups, updates):
     answers = sum(groups, [])
     fresh = [answer for answer in answers if not answer.replayed]
     teaching = [group for group in groups if any(answer.advantage for answer in group)]
-    # The mean of -log pi over fresh tokens estimates the entropy; at advantage 0 it is not known.
+    # Entropy: the mean of -log pi over fresh tokens; log pi is not computed at advantage 0.
     surprise = [-answer.old_logprobs for answer in fresh if answer.advantage]
     metrics = {
         "accuracy": fmean(answer.correct for answer in fresh),
@@ -373,7 +373,7 @@ def train(config, problems, held_out):
 
 
 def questions_of_step(problems, config, step):
-    """P questions, the same in both arms: shuffled epochs, without what does not fill a step."""
+    """P questions, the same in both arms: shuffled epochs, each without an incomplete last step."""
     number = min(config.prompts_per_step, len(problems))
     epoch, place = divmod(step - 1, len(problems) // number)
     rng = random.Random(seed_of(config.seed, "order", epoch))
@@ -381,8 +381,8 @@ def questions_of_step(problems, config, step):
 
 
 def collect(config, problems):
-    """Experience collection (section 3.2): --model answers every question K times. What is correct
-    and not cut goes into OUT/pool.jsonl, for questions with at least two. Returns the summary."""
+    """Experience collection (section 3.2): --model answers each question collect_k times. What is
+    correct and not cut goes into OUT/pool.jsonl, if a question has two. Returns the summary."""
     used = ["collect_k", "collect_temperature", "collect_top_p"]
     out, summary = Path(config.out), open_folder("collect", config, problems, used)
     if summary and (out / "pool.jsonl").exists():
@@ -438,7 +438,7 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
     # 1. Read each prompt once, all but its last token, into the cache. Then a row is an answer.
     owner = torch.arange(len(prompts), device=model.device).repeat_interleave(group_size)  # (n,)
     width = max(2, *map(len, prompts)) - 1  # columns for the prompts, as in read_prompts
-    cache = Cache(layer_class_to_replicate=lambda: StaticLayer(width))
+    cache = Cache(layer_class_to_replicate=lambda: StaticLayer(width))  # grown in step 3
     seen = read_prompts(model, prompts, owner, cache)  # (n, columns)
     token = torch.tensor([prompt[-1] for prompt in prompts], device=model.device)[owner]  # (n,)
     # 2. Random numbers, drawn on the CPU: a question has its own, whatever the batch and device.
@@ -451,7 +451,7 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
     sampled = token.new_full((len(token), max_new_tokens), pad_token_id)  # (n, max_new_tokens)
     row = torch.arange(len(token), device=model.device)  # rows of sampled that are in the batch
     for t in range(max_new_tokens):
-        if t % 8 == 0:  # drop the answers that have ended, and make room for 8 more tokens
+        if t % 8 == 0:  # drop ended answers, make room; seldom, as it copies and waits for a GPU
             keep = (~torch.isin(sampled[row, :t], ends).any(1)).nonzero()[:, 0]
             if len(keep) == 0:
                 break
@@ -472,8 +472,8 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
 
 
 def read_prompts(model, prompts: list[list[int]], owner: Tensor, cache):
-    """Runs P prompts, but for their last tokens, through the model: once a rollout, and once a
-    micro-batch of the update. Fills the key-value cache: row i is for an answer to prompt owner[i],
+    """Runs P prompts, but for their last tokens, through the model: once a rollout, and once in
+    each response_logprobs. Fills the key-value cache: row i is for an answer to prompt owner[i],
     owner (n,). Returns seen (n, width), which columns hold a token, as padding is on the left."""
     width = max(2, *map(len, prompts)) - 1  # 2: no model takes an empty row
     ids = torch.zeros(len(prompts), width, dtype=torch.long)  # (P, width)
@@ -504,7 +504,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
     cumulative = probs.cumsum(-1)
     # 1 - uniform is above 0, so that a token of probability 0 is never drawn.
     target = (1 - uniform[:, None]) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target)[:, 0].clamp(max=probs.shape[-1] - 1)  # NaN: past
+    return torch.searchsorted(cumulative, target)[:, 0].clamp(max=probs.shape[-1] - 1)  # NaN: V
 
 
 def response_logprobs(model, prompts: list[list[int]], responses: list[list[int]], *,
@@ -520,7 +520,7 @@ def response_logprobs(model, prompts: list[list[int]], responses: list[list[int]
     rows = [torch.tensor([prompt[-1], *answer]) for prompt, answer in zip(prompts, responses)]
     rows = pad_sequence(rows, batch_first=True).to(model.device)  # (n, 1 + t), padded on the right
     inputs, targets = rows[:, :-1], rows[:, 1:]  # (n, t)
-    columns = torch.arange(inputs.shape[1], device=model.device)  # (t,); one mask serves both
+    columns = torch.arange(inputs.shape[1], device=model.device)  # (t,); inputs, targets: one mask
     mask = columns < torch.tensor([[len(answer)] for answer in responses], device=model.device)
     hidden = model.base_model(
         inputs, attention_mask=torch.cat([seen, mask], dim=1),  # the model adds the causal one
@@ -532,18 +532,18 @@ def response_logprobs(model, prompts: list[list[int]], responses: list[list[int]
 
 
 def micro_batches(answers, micro_tokens):
-    """Lists of at most micro_tokens tokens, padding included, or of one longer answer. Answers of
-    advantage 0 have no gradient and are left out."""
+    """Lists of at most micro_tokens tokens, padding included; one answer alone may have more.
+    Answers of advantage 0 have no gradient and are left out."""
     batches, teaching = [], [answer for answer in answers if answer.advantage != 0]
     # Lengths within a factor of 2 together, then prompts: little padding, few prompts to read.
     teaching.sort(key=lambda a: (len(a.response).bit_length(), len(a.prompt), a.prompt))
     for answer in teaching:
-        longer = [*batches[-1], answer] if batches else [answer]
-        prompts = {tuple(a.prompt) for a in longer}  # each is read once
+        grown = [*batches[-1], answer] if batches else [answer]
+        prompts = {tuple(a.prompt) for a in grown}  # each is read once
         tokens = len(prompts) * max(map(len, prompts))
-        tokens += len(longer) * max(len(a.response) for a in longer)
-        if len(longer) > 1 and tokens <= micro_tokens:
-            batches[-1] = longer
+        tokens += len(grown) * max(len(a.response) for a in grown)
+        if len(grown) > 1 and tokens <= micro_tokens:
+            batches[-1] = grown
         else:
             batches.append([answer])
     return batches
@@ -612,8 +612,8 @@ class Policy:
     def update_sampler(self):
         """Gives the bf16 copy the present weights. Without one, sampler and model are the same."""
         for mine, trained in zip(self.sampler.parameters(), self.model.parameters()):
-            if mine is not trained:  # its buffers, the rotary angles, stay fp32
-                mine.data = trained.data.bfloat16()
+            if mine is not trained:
+                mine.data = trained.data.bfloat16()  # buffers, the rotary angles, stay fp32
 
     def sample(self, problems, k, config, *purpose):
         """Yields (problem, k responses), as config says. purpose ("rollout", step) seeds them."""
@@ -659,7 +659,7 @@ def pass_at_k(correct: list[list[bool]], k: int):
 
 
 def evaluate(policy, problems, config, title, step=None):
-    """k answers to each problem, from the same random numbers; with a step, OUT keeps them all."""
+    """k answers to each problem, with the same seeds each time; with a step, OUT keeps them all."""
     rows = []
     for problem, responses in policy.sample(problems, config.k, config, "evaluation"):
         texts = [policy.decode(response) for response in responses]
