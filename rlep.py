@@ -333,7 +333,7 @@ def metrics_of(policy, groups, updates):
 # ---- The phases ----------------------------------------------------------------------------------
 def train(config, problems, held_out):
     """One arm from the base model: RLEP with --pool, else vanilla RL. Returns its summary."""
-    out, used = Path(config.out), (["replays"] if config.pool else [])  # used: may not change
+    out, used = Path(config.out), (["replays"] if config.pool else [])  # used: fixed on reopening
     summary = open_folder("train", config, problems + held_out, used)
     if summary.get("step", -1) >= config.steps and (out / "policy").exists():
         return summary
@@ -560,7 +560,7 @@ class Policy:
         self.name = f"--model {config.model}"
         fault = "cannot be loaded" if os.path.exists(config.model) else "no such folder or hub id"
         with blame(f"{self.name}, --device, --chat_template_kwargs: {fault}"):
-            self.kwargs = {**json.loads(config.chat_template_kwargs)}
+            self.kwargs = {**json.loads(config.chat_template_kwargs)}  # fails for no JSON object
             self.tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
             self.model, loading = AutoModelForCausalLM.from_pretrained(
                 config.model, trust_remote_code=False, dtype=torch.float32,
