@@ -65,7 +65,7 @@ class Config:
     pool: str = ""  # experience pool to replay, a .jsonl file: with one, train is RLEP
     out: str = ""  # folder of the run; without one, runs/COMMAND-MODEL-DATA-POOL-seedN
     seed: int = 0  # decides the tiny model's weights, order of questions, sampling and replay
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # mps is wrong: pytorch 177116
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # mps: wrong gradients reported
     bf16: int = 1  # 1: bf16 arithmetic on fp32 weights, as is usual on a GPU; 0: all in fp32
     threads: int = torch.get_num_threads()  # of a CPU; a run repeats exactly on equal threads
     prompts_per_step: int = 64  # P, questions per rollout, section 3.1 (paper: 512)
@@ -504,7 +504,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
     cumulative = probs.cumsum(-1)
     # 1 - uniform is above 0, so that a token of probability 0 is never drawn.
     target = (1 - uniform[:, None]) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target)[:, 0].clamp(max=probs.shape[-1] - 1)  # NaN: V
+    return torch.searchsorted(cumulative, target)[:, 0].clamp(max=probs.shape[-1] - 1)  # NaN is V
 
 
 def response_logprobs(model, prompts: list[list[int]], responses: list[list[int]], *,
@@ -520,7 +520,7 @@ def response_logprobs(model, prompts: list[list[int]], responses: list[list[int]
     rows = [torch.tensor([prompt[-1], *answer]) for prompt, answer in zip(prompts, responses)]
     rows = pad_sequence(rows, batch_first=True).to(model.device)  # (n, 1 + t), padded on the right
     inputs, targets = rows[:, :-1], rows[:, 1:]  # (n, t)
-    columns = torch.arange(inputs.shape[1], device=model.device)  # (t,); inputs, targets: one mask
+    columns = torch.arange(inputs.shape[1], device=model.device)  # (t,), of inputs and of targets
     mask = columns < torch.tensor([[len(answer)] for answer in responses], device=model.device)
     hidden = model.base_model(
         inputs, attention_mask=torch.cat([seen, mask], dim=1),  # the model adds the causal one
@@ -560,7 +560,7 @@ class Policy:
         self.name = f"--model {config.model}"
         fault = "cannot be loaded" if os.path.exists(config.model) else "no such folder or hub id"
         with blame(f"{self.name}, --device, --chat_template_kwargs: {fault}"):
-            self.kwargs = {**json.loads(config.chat_template_kwargs)}  # fails for no JSON object
+            self.kwargs = {**json.loads(config.chat_template_kwargs)}  # raises if it is no object
             self.tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
             self.model, loading = AutoModelForCausalLM.from_pretrained(
                 config.model, trust_remote_code=False, dtype=torch.float32,
