@@ -2,7 +2,7 @@
 A language model is trained by RL, and the answers it then gets right are collected. Training starts
 again from the same base model, with a few of those answers replayed beside its own at every step.
 rlep.py                           all of it on embedded problems: 2.5 minutes on two CPU cores
-rlep.py run --model M --data D    all of it on yours: an hour or two on a GPU for a model of 0.5B
+rlep.py run --model M --data D    all of it on yours: we estimate an hour or two for 0.5B on a GPU
 rlep.py train [--pool FILE]       one arm: RLEP with a pool, vanilla RL without
 rlep.py collect --model POLICY    a policy's verified answers to the training questions
 rlep.py eval --model POLICY       mean@k and pass@k on held-out questions
@@ -241,7 +241,7 @@ def train_step(policy, optimizer, problems, pool, config, step):
         advantages = group_advantages(rewards, torch.zeros(len(group)).int())  # 0: one group
         for answer, advantage in zip(group, advantages.tolist()):
             answer.advantage = advantage
-    # 3. Old log-probs before any update, also of replays; cut as in step 4: ratios begin at 1.
+    # 3. Old log-probs before any update, also of replays; cut as in step 4: first ratios are 1.
     starts = range(0, len(groups), config.minibatch_prompts)
     mini_batches = [sum(groups[i:i + config.minibatch_prompts], []) for i in starts]
     for mini_batch in mini_batches:
@@ -333,7 +333,7 @@ def metrics_of(policy, groups, updates):
 # ---- The phases ----------------------------------------------------------------------------------
 def train(config, problems, held_out):
     """One arm from the base model: RLEP with --pool, else vanilla RL. Returns its summary."""
-    out, used = Path(config.out), (["replays"] if config.pool else [])  # used: fixed on reopening
+    out, used = Path(config.out), (["replays"] if config.pool else [])  # used: see open_folder
     summary = open_folder("train", config, problems + held_out, used)
     if summary.get("step", -1) >= config.steps and (out / "policy").exists():
         return summary
@@ -373,7 +373,7 @@ def train(config, problems, held_out):
 
 
 def questions_of_step(problems, config, step):
-    """P questions, the same in both arms: shuffled epochs, each without an incomplete last step."""
+    """P questions, the same in both arms. Each epoch has a new order and leaves out the rest."""
     number = min(config.prompts_per_step, len(problems))
     epoch, place = divmod(step - 1, len(problems) // number)
     rng = random.Random(seed_of(config.seed, "order", epoch))
@@ -381,8 +381,8 @@ def questions_of_step(problems, config, step):
 
 
 def collect(config, problems):
-    """Experience collection (section 3.2): --model answers each question collect_k times. What is
-    correct and not cut goes into OUT/pool.jsonl, if a question has two. Returns the summary."""
+    """Section 3.2: collect_k answers of --model to each question. What is correct and not cut goes
+    into OUT/pool.jsonl, of questions with two such answers or more. Returns the summary."""
     used = ["collect_k", "collect_temperature", "collect_top_p"]
     out, summary = Path(config.out), open_folder("collect", config, problems, used)
     if summary and (out / "pool.jsonl").exists():
@@ -475,7 +475,7 @@ def read_prompts(model, prompts: list[list[int]], owner: Tensor, cache):
     """Runs P prompts, but for their last tokens, through the model: once a rollout, and once in
     each response_logprobs. Fills the key-value cache: row i is for an answer to prompt owner[i],
     owner (n,). Returns seen (n, width), which columns hold a token, as padding is on the left."""
-    width = max(2, *map(len, prompts)) - 1  # 2: no model takes an empty row
+    width = max(2, *map(len, prompts)) - 1  # never 0: no model takes an empty row
     ids = torch.zeros(len(prompts), width, dtype=torch.long)  # (P, width)
     seen = torch.zeros(len(prompts), width, dtype=torch.bool)
     for i, prompt in enumerate(prompts):
@@ -551,7 +551,7 @@ def micro_batches(answers, micro_tokens):
 
 class Policy:
     """A causal language model with its tokenizer. Weights are fp32, as bf16 would round small
-    updates away. With --bf16 1 the update is in bf16 (torch.autocast); a bf16 copy samples, fast.
+    updates away. With --bf16 1 passes are in bf16 (torch.autocast), and a bf16 copy samples, fast.
     Raises UserError if it cannot be loaded or trained correctly."""
 
     def __init__(self, config, problems):
@@ -569,8 +569,7 @@ class Policy:
         self.tokenizer.chat_template = self.tokenizer.chat_template or PLAIN_TEMPLATE
         end, stops = self.find_end(), self.model.generation_config.eos_token_id
         require(end is not None, f"{self.name}: no end token; give its tokenizer an eos_token")
-        # The ids of all end tokens; stops is a list, one id or None.
-        self.ends = [end, *(stops if isinstance(stops, list) else {stops} - {None})]
+        self.ends = [end, *(stops if isinstance(stops, list) else {stops} - {None})]  # token ids
         self.sampler = copy.deepcopy(self.model) if config.bf16 else self.model
         self.autocast = torch.autocast(self.model.device.type, torch.bfloat16, config.bf16 > 0)
         self.update_sampler()
@@ -580,10 +579,10 @@ class Policy:
         """The token that ends the assistant's turn in the chat template, else eos. They may differ:
         Qwen's base models have <|endoftext|> as eos, and end a turn with <|im_end|>."""
         chat = messages(Problem("1", "")) + [{"role": "assistant", "content": "ANSWER"}]
-        _, _, end = self.apply_template(chat).rpartition("ANSWER")
+        _, shown, end = self.apply_template(chat).rpartition("ANSWER")  # "" if it shows no answer
         for token in self.tokenizer(end, add_special_tokens=False).input_ids:
             added = self.tokenizer.added_tokens_decoder.get(token)
-            if added and added.special and token != self.tokenizer.unk_token_id:
+            if shown and added and added.special and token != self.tokenizer.unk_token_id:
                 return token
         return self.tokenizer.eos_token_id
 
@@ -606,8 +605,9 @@ class Policy:
 
     def decode(self, response):
         """What a response says: without its end token, with other special ones, such as <think>."""
-        tokens = [token for token in response if token not in self.ends]
-        return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        tokens = self.ends[:1] + [token for token in response if token not in self.ends]
+        text = self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        return text.removeprefix(self.tokenizer.decode(self.ends[:1]))  # keeps a first space
 
     def update_sampler(self):
         """Gives the bf16 copy the present weights. Without one, sampler and model are the same."""
@@ -664,7 +664,7 @@ def evaluate(policy, problems, config, title, step=None):
     for problem, responses in policy.sample(problems, config.k, config, "evaluation"):
         texts = [policy.decode(response) for response in responses]
         rows.append({"step": step, "question": problem.question, "gold": problem.gold,
-                     "texts": texts, "correct": [score(problem, text) > 0 for text in texts]})
+                     "texts": texts, "correct": [bool(score(problem, text) > 0) for text in texts]})
     correct = [row["correct"] for row in rows]
     mean, passed = mean_at_k(correct), pass_at_k(correct, config.k)
     print(f"{title}: mean@{config.k} {mean:.1%}, pass@{config.k} {passed:.1%}")
@@ -882,7 +882,8 @@ def verify(response: str, gold: str, question: str = "") -> bool:
         for pattern, new in TIDY:
             texts = [pattern.sub(new, text) for text in texts]
         answer, gold, _ = texts  # without brackets, (x^2-25) and x^{2}-25 repeat x^2-25:
-        bare, wanted, asked = [re.sub(r"\\frac|[{}()*]", "", t.replace("}{", "/")) for t in texts]
+        bare, wanted, asked = [re.sub(r"\\frac|[{}()*]|\.0+\b|(?<=\.\d)0+\b", "",
+                                      text.replace("}{", "/")) for text in texts]
         if bare in asked and bare != wanted and not re.fullmatch(r"\W*\w+\W*( \w+)?", bare):
             return False
         for label in (NAME, UNIT):  # may be missing on one side
@@ -906,8 +907,7 @@ def extract_answer(response: str) -> str | None:
     start, end = found[-1].span()
     answer = ",".join(map("".join, re.findall(BOX, text[start:end])))
     if not boxes:
-        announced = text[end:][:LONGEST]
-        answer = re.split(END, announced)[0].rstrip(" *,")
+        answer = re.split(END, text[end:][:LONGEST])[0].rstrip(" *,")
         end += len(answer)
     beside = text[:start][-BESIDE:] + "¦" + text[end:][:BESIDE]
     usable = re.search(r"(?:[^\W_]|[∅∞]|\\[{e])(\\,|[^,])*$", answer) and len(answer) < LONGEST
@@ -987,8 +987,8 @@ def check_model(policy, loading, problems, max_new_tokens):
         plain = model(ids, logits_to_keep=17).logits[0, :-1].log_softmax(-1)  # (16, V)
         chosen = plain[range(16), response]
         gap, error = (plain.amax(-1) - chosen).max(), (ours - chosen).abs().max()
-        require(gap < bound and error < 1e-3, f"{name}: cannot be trained here; sampled tokens are "
-                f"{gap:.2g} below the best ones, their log-probs wrong by {error:.2g}")
+        require(gap < bound and error < 1e-3, f"{name}: cannot be trained here; try --bf16 0. "
+                f"Samples are {gap:.2g} below the best ones, their log-probs wrong by {error:.2g}")
 
 
 # ---- Run folders ---------------------------------------------------------------------------------
@@ -1017,7 +1017,7 @@ def open_folder(command, config, problems, used):
     require(not (begun and changed), f"{out}: had other {', '.join(changed)}; give another --out")
     write_rows(out / "config.json", [settings])
     summary = saved_row(out / "summary.json")
-    print(f"{out}: {'is finished' if summary else 'is under way'}")
+    print(f"{out}: {'was finished' if summary else 'is under way'}")
     return summary
 
 

@@ -29,7 +29,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import normalizers, processors
+from tokenizers import decoders, normalizers, processors
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -650,6 +650,20 @@ def test_answers_are_read_behind_their_prompt(policy):
     assert policy.encode_prompt(problem, "7*") == [8, 22, 17]
     assert policy.encode_answer(problem, "7*") == answer
 
+def test_a_first_space_is_kept(policy):
+    """Tokenizers such as Llama 2's drop a text's first space: a replay would have other tokens."""
+    policy.tokenizer.backend_tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("?", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    assert policy.tokenizer.decode([21, 13, 21, 17]) == "7 *"
+    assert policy.decode([21, 13, 21, 17, 1]) == " 7 *"
+
+def test_a_template_that_shows_no_answer(tiny, tmp_path):
+    """Its first special token does not end an answer then; the tokenizer's eos does."""
+    write("{{ '<pad>' + messages[0]['content'] }}")(
+        shutil.copytree(tiny, tmp_path / "model") / "chat_template.jinja")
+    policy = load(tmp_path / "model")
+    assert policy.encode_prompt(Problem("2=", "3")) == [0, 8, 18] and set(policy.ends) == {1}
+
 def test_a_tokenizer_without_a_template(tiny, tmp_path):
     """It gets a plain one, with the token that begins a text."""
     (shutil.copytree(tiny, tmp_path / "model") / "chat_template.jinja").unlink()
@@ -734,7 +748,8 @@ def test_evaluation(policy, tmp_path, monkeypatch):
     wrong, *own = [policy.encode_answer(problems[0], text) for text in texts]
     monkeypatch.setattr(policy, "sample", lambda asked, k, *_: [
         (asked[i], ([own[i]] * (i % 3) + [wrong] * k)[:k]) for i in range(6) if asked == problems])
-    monkeypatch.setattr(rlep, "score", lambda problem, text: 1 - verify(text, problem.gold))
+    monkeypatch.setattr(rlep, "score", lambda problem, text: np.float32(
+        1 - verify(text, problem.gold)))
     config, path = settings("", k=2, out=str(tmp_path)), tmp_path / "answers.jsonl"
     row = rlep.evaluate(policy, problems, config, "your own score")
     assert row == pytest.approx({"mean_at_k": 1 / 2, "pass_at_k": 2 / 3}) and not path.exists()
@@ -981,6 +996,8 @@ def test_extraction(response, gold, expected):
     (r"Simplify $\sqrt{75}$.", r"\sqrt75", r"5\sqrt3", False),
     ("If $BC=9$ and", "BC=9", "9", False),
     (r"Is it $\frac34$?", r"\frac{3}{4}", "3/4", True), ("Yes or no?", "Yes", "yes", True),
+    ("It is $12.50.", "2.50", "2.5", True), ("It is $15.00.", "5.00", "5", True),
+    ("It is $12.50.", "2.5", "3", False), ("It is 7.5.", "7.5", "7.50", True),
     (None, "5", "5", False), (5, "x", "x", False), ("\ud800", "2x", "2x", True)])
 def test_an_answer_that_repeats_the_question(question, answer, gold, expected, tmp_path):
     """Is wrong; score and the pool, when it is filled and when it is loaded, pass the question."""
