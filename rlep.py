@@ -2,7 +2,7 @@
 A language model is trained by RL, and the answers it then gets right are collected. Training starts
 again from the same base model, with a few of those answers replayed beside its own at every step.
 rlep.py                           all of it on embedded problems: 2.5 minutes on two CPU cores
-rlep.py run --model M --data D    all of it on yours: we estimate an hour or two for 0.5B on a GPU
+rlep.py run --model A --data B    all of it on yours: we estimate an hour or two for 0.5B on a GPU
 rlep.py train [--pool FILE]       one arm: RLEP with a pool, vanilla RL without
 rlep.py collect --model POLICY    a policy's verified answers to the training questions
 rlep.py eval --model POLICY       mean@k and pass@k on held-out questions
@@ -14,9 +14,9 @@ Not as in the authors' code (a fork of verl; they never published their collecti
     1. a question with fewer than M pool answers uses what it has; theirs adds empty ones scored -1
     2. a replay that is too long is left out; theirs is cut and loses its end token
     3. the token mean is over the whole mini-batch (Eq. 3: one group); theirs over a micro-batch
-    4. mini-batches count questions: 512 / 64 are 8 updates; theirs count answers, and make 9
+    4. mini-batches count questions, 512 / 64 are 8; theirs answers, 512 * 18 / (64 * 16) are 9
     5. a mini-batch without gradient makes no step; in theirs, momentum and weight decay go on
-As there, but not in the paper: dual clip, unbiased std + 1e-6, pi_old of replays (policy_loss).
+Theirs too, but not the paper's: dual clip, unbiased std + 1e-6, old log-probs of replays.
 Letters: P prompts, G fresh and M replayed answers to each, n answers, t tokens, V vocabulary."""
 import argparse
 import copy
@@ -67,17 +67,17 @@ class Config:
     seed: int = 0  # decides the tiny model's weights, order of questions, sampling and replay
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # mps: wrong gradients reported
     bf16: int = 1  # 1: bf16 arithmetic on fp32 weights, as is usual on a GPU; 0: all in fp32
-    threads: int = torch.get_num_threads()  # of a CPU; a run repeats exactly on equal threads
+    threads: int = torch.get_num_threads()  # CPU threads; a run repeats exactly on as many
     prompts_per_step: int = 64  # P, questions per rollout, section 3.1 (paper: 512)
     group_size: int = 16  # G, fresh answers per question (paper: 16)
     max_new_tokens: int = 400  # longest answer in tokens (paper: 3072)
     temperature: float = 1.0  # of training and evaluation (paper: 1.0)
     top_p: float = 1.0  # nucleus of training and evaluation (paper: 1.0); the loss ignores it
-    sample_rows: int = 512  # answers sampled at once, of whole questions: fewer take less memory
+    sample_rows: int = 512  # answers sampled at once, a question's together; fewer: less memory
     steps: int = 48  # rollouts, section 4.1, each with prompts_per_step / minibatch_prompts updates
     minibatch_prompts: int = 16  # questions per update; a group is never split (paper: 64)
     learning_rate: float = 2e-6  # of AdamW, constant after its warm-up (paper: 1e-6)
-    lr_warmup_steps: int = 10  # steps in which the learning rate rises to that (paper: 10)
+    lr_warmup_steps: int = 10  # steps in which --learning_rate is reached (paper: 10)
     clip_low: float = 0.2  # epsilon below a ratio of 1, Eq. 3 (paper: 0.2)
     clip_high: float = 0.28  # epsilon above a ratio of 1, Eq. 3 (paper: 0.28)
     dual_clip: float = 10.0  # largest ratio that counts where the advantage is negative; 0: off
@@ -90,7 +90,7 @@ class Config:
     collect_top_p: float = 0.95  # nucleus of collection (authors: 0.95)
     eval_every: int = 8  # steps from evaluation to evaluation
     k: int = 4  # answers per held-out question (paper: 32)
-    warmup_steps: int = 450  # supervised steps that make the tiny base model
+    base_steps: int = 450  # supervised steps that make the tiny base model
 
 
 # The defaults without --model: those of the tiny model on the embedded problems.
@@ -132,15 +132,15 @@ def overlong_penalty(length: int, limit: int, buffer: int, factor: float = 1.0) 
 def group_advantages(rewards: Tensor, group_ids: Tensor, eps: float = 1e-6) -> Tensor:
     """Eq. 1, and with replayed answers in the groups Eq. 5: (r - mean) / (std + eps) in each group.
     rewards (n,) floats, group_ids (n,) ints -> advantages (n,). The std is the unbiased one. Equal
-    rewards get exactly 0. For a group of one, mean 0 and std 1. Why replay works: 16 failures (-1)
-    beside 2 replayed successes (+1) get -0.34 and +2.75; 16 failures alone would teach nothing."""
+    rewards get exactly 0; only a group of one has mean 0 and std 1. Why replay works: 16 failures
+    (-1) beside 2 replays (+1) get -0.34 and +2.75; 16 failures alone would teach nothing."""
     advantages = torch.zeros_like(rewards)
     for group in group_ids.unique():
         members = group_ids == group
         reward = rewards[members]
         if len(reward) == 1:
             advantages[members] = reward / (1 + eps)
-        elif (reward != reward[0]).any():  # equal ones stay 0: rounding / eps would be noise
+        elif (reward != reward[0]).any():  # equal ones keep 0, not rounding errors over eps
             advantages[members] = (reward - reward.mean()) / (reward.std() + eps)
     return advantages
 
@@ -151,7 +151,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     """Eq. 3 and 4 as a loss: minus the token mean of min(ratio A, clip(ratio, 1-low, 1+high) A).
     logprobs, old_logprobs, mask (n, t), the mask 0/1 of any dtype; advantages (n,), one per answer.
     dual_clip (authors' code; 0 or None: off) keeps the objective above dual_clip A where A < 0.
-    num_tokens: the divisor; give micro-batches that of the mini-batch, and their losses add up.
+    num_tokens: the divisor; with a mini-batch's own, the losses of its micro-batches add up to its.
     Returns the loss and the shares of tokens clipped below (A < 0) and above (A > 0). A replayed
     answer's old log-probs are not those of the policy that wrote it but of the policy at the start
     of the step, as in the authors' code: replay is imitation, weighted by A."""
@@ -201,7 +201,7 @@ class ExperiencePool:
         return True
 
     def draw(self, question: str, m: int, rng: random.Random, chat: tuple = ()) -> list[str]:
-        """m answers to a question, at random without replacement; all, if it has fewer."""
+        """Up to m of a question's answers, at random, without replacement."""
         _, texts = self.entries.get((question, chat), (None, []))
         return rng.sample(texts, min(m, len(texts)))
 
@@ -236,12 +236,12 @@ def train_step(policy, optimizer, problems, pool, config, step):
     groups = make_groups(policy, problems, pool, config, step)
     sampled = time.perf_counter()
     # 2. One baseline for all answers of a group, fresh and replayed (Eq. 5).
-    for group in groups:
-        rewards = torch.tensor([answer.reward for answer in group])
-        advantages = group_advantages(rewards, torch.zeros(len(group)).int())  # 0: one group
-        for answer, advantage in zip(group, advantages.tolist()):
-            answer.advantage = advantage
-    # 3. Old log-probs before any update, also of replays; cut as in step 4: first ratios are 1.
+    answers = sum(groups, [])
+    group_ids = torch.tensor([i for i, group in enumerate(groups) for _ in group])  # (n,)
+    advantages = group_advantages(torch.tensor([a.reward for a in answers]), group_ids)  # (n,)
+    for answer, advantage in zip(answers, advantages.tolist()):
+        answer.advantage = advantage
+    # 3. Old log-probs before any update, of replays too, in the micro-batches of the update below.
     starts = range(0, len(groups), config.minibatch_prompts)
     mini_batches = [sum(groups[i:i + config.minibatch_prompts], []) for i in starts]
     for mini_batch in mini_batches:
@@ -250,7 +250,7 @@ def train_step(policy, optimizer, problems, pool, config, step):
                 logprobs, _ = policy.logprobs(micro_batch, config.temperature)  # (n, t)
             for answer, row in zip(micro_batch, logprobs):
                 answer.old_logprobs = row[:len(answer.response)].clone()
-    # 4. One update a mini-batch of whole groups (Eq. 4).
+    # 4. One update for each mini-batch of whole groups (Eq. 4); the first ratios are exactly 1.
     rate = config.learning_rate * min(1.0, step / config.lr_warmup_steps)
     updates = [update_policy(policy, optimizer, batch, config, rate) for batch in mini_batches]
     if lost := sum(update["skipped"] for update in updates):
@@ -284,7 +284,7 @@ def make_groups(policy, problems, pool, config, step):
 
 def update_policy(policy, optimizer, answers, config, rate):
     """One optimizer step on a mini-batch (Eq. 4), none if all advantages are 0. Returns metrics."""
-    num_tokens = sum(len(answer.response) for answer in answers)  # also of advantage 0
+    num_tokens = sum(len(answer.response) for answer in answers)  # with those of advantage 0
     metrics = {"loss": 0.0, "clip_low": 0.0, "clip_high": 0.0}  # sums over micro-batches
     for micro_batch in micro_batches(answers, config.micro_tokens):
         logprobs, mask = policy.logprobs(micro_batch, config.temperature)  # (n, t)
@@ -310,7 +310,7 @@ def metrics_of(policy, groups, updates):
     answers = sum(groups, [])
     fresh = [answer for answer in answers if not answer.replayed]
     teaching = [group for group in groups if any(answer.advantage for answer in group)]
-    # Entropy: the mean of -log pi over fresh tokens; log pi is not computed at advantage 0.
+    # Entropy, estimated: the mean -log pi of fresh tokens; those of advantage 0 are not computed.
     surprise = [-answer.old_logprobs for answer in fresh if answer.advantage]
     metrics = {
         "accuracy": fmean(answer.correct for answer in fresh),
@@ -333,15 +333,15 @@ def metrics_of(policy, groups, updates):
 # ---- The phases ----------------------------------------------------------------------------------
 def train(config, problems, held_out):
     """One arm from the base model: RLEP with --pool, else vanilla RL. Returns its summary."""
-    out, used = Path(config.out), (["replays"] if config.pool else [])  # used: see open_folder
-    summary = open_folder("train", config, problems + held_out, used)
+    out, fixed = Path(config.out), (["replays"] if config.pool else [])  # may not change later
+    summary = open_folder("train", config, problems + held_out, fixed)
     if summary.get("step", -1) >= config.steps and (out / "policy").exists():
         return summary
     config = replace(config, model=config.model or make_base(config, out / "base"))
     policy = Policy(config, problems + held_out)
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.1)  # paper: 0.1
     pool = ExperiencePool.load(config.pool) if config.pool else ExperiencePool()
-    require(not config.pool or any(map(pool.texts_of, problems)), f"{config.pool}: of other data")
+    require(not config.pool or any(map(pool.texts_of, problems)), f"{config.pool}: fits no problem")
     arm = f"RLEP, M = {config.replays}" if config.pool else "vanilla RL"
     print(f"{arm}: {policy.name} on {config.device}, bf16 {config.bf16}, {config.threads} threads")
     # Go on where the last checkpoint was written. Random numbers have no state: see seed_of.
@@ -353,7 +353,7 @@ def train(config, problems, held_out):
             optimizer.load_state_dict(state.pop("adam"))
             rows += state["rows"]
     require(len(rows) <= config.steps + 1, f"{out}: has more steps already; give more --steps")
-    for step in range(len(rows), config.steps + 1):  # step 0 only evaluates
+    for step in range(len(rows), config.steps + 1):  # rows[i] is of step i; 0 only evaluates
         row, last = {"step": step}, step == config.steps
         if step > 0:
             questions = questions_of_step(problems, config, step)
@@ -373,7 +373,7 @@ def train(config, problems, held_out):
 
 
 def questions_of_step(problems, config, step):
-    """P questions, the same in both arms. Each epoch has a new order and leaves out the rest."""
+    """P questions, the same in both arms. Each epoch has a new order; its remainder is not used."""
     number = min(config.prompts_per_step, len(problems))
     epoch, place = divmod(step - 1, len(problems) // number)
     rng = random.Random(seed_of(config.seed, "order", epoch))
@@ -381,10 +381,10 @@ def questions_of_step(problems, config, step):
 
 
 def collect(config, problems):
-    """Section 3.2: collect_k answers of --model to each question. What is correct and not cut goes
-    into OUT/pool.jsonl, of questions with two such answers or more. Returns the summary."""
-    used = ["collect_k", "collect_temperature", "collect_top_p"]
-    out, summary = Path(config.out), open_folder("collect", config, problems, used)
+    """Section 3.2: collect_k answers of --model to each question. Correct ones that are not cut off
+    go into OUT/pool.jsonl if their question has two or more of them. Returns the summary."""
+    fixed = ["collect_k", "collect_temperature", "collect_top_p"]
+    out, summary = Path(config.out), open_folder("collect", config, problems, fixed)
     if summary and (out / "pool.jsonl").exists():
         return summary
     policy = Policy(config, problems)
@@ -408,8 +408,8 @@ def run(config, problems, held_out):
     """The whole method: base model, vanilla RL, collection, RLEP from the base; a picture."""
     out = Path(config.out)
     # Once the collection has begun, --steps is fixed: the pool is by the policy of the last step.
-    used = ["steps"] if (out / "collection").exists() else []
-    open_folder("run", config, problems + held_out, used)
+    fixed = ["steps"] if (out / "collection").exists() else []
+    open_folder("run", config, problems + held_out, fixed)
     config = replace(config, model=config.model or make_base(config, out / "base"))
     vanilla = train(replace(config, out=f"{out}/vanilla"), problems, held_out)
     settings = replace(config, out=f"{out}/collection", model=f"{out}/vanilla/policy")
@@ -435,27 +435,27 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
     """Samples group_size answers to each of P prompts, all as token ids: a list of P lists of
     group_size lists, with the end token where it was reached. seeds: one per prompt, else torch's.
     Number [t, i] of a seed decides token t of answer i. Calls read_prompts and sample_tokens."""
-    # 1. Read each prompt once, all but its last token, into the cache. Then a row is an answer.
+    # 1. Read each prompt once, all but its last token. Row i is then an answer to prompt owner[i].
     owner = torch.arange(len(prompts), device=model.device).repeat_interleave(group_size)  # (n,)
-    width = max(2, *map(len, prompts)) - 1  # columns for the prompts, as in read_prompts
-    cache = Cache(layer_class_to_replicate=lambda: StaticLayer(width))  # grown in step 3
-    seen = read_prompts(model, prompts, owner, cache)  # (n, columns)
+    width = max(2, *map(len, prompts)) - 1  # columns that the longest prompt takes
+    cache = Cache(layer_class_to_replicate=lambda: StaticLayer(width))  # step 3 adds columns
+    seen = read_prompts(model, prompts, owner, cache)  # (n, columns): which hold a token
     token = torch.tensor([prompt[-1] for prompt in prompts], device=model.device)[owner]  # (n,)
     # 2. Random numbers, drawn on the CPU: a question has its own, whatever the batch and device.
     seeds = seeds or torch.randint(2**62, (len(prompts),)).tolist()
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     uniform = [torch.rand(max_new_tokens, group_size, generator=each) for each in generators]
     uniform = torch.cat(uniform, dim=1).to(model.device)  # (max_new_tokens, n)
-    # 3. One token a pass, the prompt's last one first.
+    # 3. Each pass reads a token of every answer, first its prompt's last one, and draws the next.
     ends = torch.tensor(eos_token_id, device=model.device).flatten()
     sampled = token.new_full((len(token), max_new_tokens), pad_token_id)  # (n, max_new_tokens)
-    row = torch.arange(len(token), device=model.device)  # rows of sampled that are in the batch
+    rows = torch.arange(len(token), device=model.device)  # of sampled: answers still going on
     for t in range(max_new_tokens):
         if t % 8 == 0:  # drop ended answers, make room; seldom, as it copies and waits for a GPU
-            keep = (~torch.isin(sampled[row, :t], ends).any(1)).nonzero()[:, 0]
+            keep = (~torch.isin(sampled[rows, :t], ends).any(1)).nonzero()[:, 0]
             if len(keep) == 0:
                 break
-            row, token, seen = row[keep], token[keep], pad(seen[keep], (0, 8))
+            rows, token, seen = rows[keep], token[keep], pad(seen[keep], (0, 8))
             for layer in cache.layers:  # (rows, heads, columns, head size)
                 layer.keys = pad(layer.keys[keep], (0, 0, 0, 8))
                 layer.values = pad(layer.values[keep], (0, 0, 0, 8))
@@ -463,8 +463,8 @@ def rollout(model, prompts: list[list[int]], group_size: int, *, max_new_tokens:
         seen[:, width + t] = True
         logits = model(token[:, None], attention_mask=seen, past_key_values=cache,
                        position_ids=seen.sum(1, keepdim=True) - 1).logits[:, -1]  # (rows, V)
-        token = sample_tokens(logits, uniform[t, row], temperature, top_p)  # (rows,)
-        sampled[row, t] = token
+        token = sample_tokens(logits, uniform[t, rows], temperature, top_p)  # (rows,)
+        sampled[rows, t] = token
     # 4. Cut each answer after its first end token.
     stops = (torch.isin(sampled, ends).cumsum(1) == 0).sum(1).tolist()  # tokens before it
     answers = [tokens[:stop + 1] for tokens, stop in zip(sampled.tolist(), stops)]
@@ -499,12 +499,12 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
     probs = torch.softmax(logits.float() / temperature, -1)  # (rows, V)
     if top_p < 1:
         ordered, index = probs.sort(-1, descending=True)
-        ordered.masked_fill_(ordered.cumsum(-1) - ordered >= top_p, 0)  # the smallest set stays
+        ordered.masked_fill_(ordered.cumsum(-1) - ordered >= top_p, 0)  # fewest to reach top_p stay
         probs = torch.zeros_like(probs).scatter_(-1, index, ordered)
     cumulative = probs.cumsum(-1)
     # 1 - uniform is above 0, so that a token of probability 0 is never drawn.
     target = (1 - uniform[:, None]) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target)[:, 0].clamp(max=probs.shape[-1] - 1)  # NaN is V
+    return torch.searchsorted(cumulative, target)[:, 0].clamp(max=probs.shape[-1] - 1)  # V if NaN
 
 
 def response_logprobs(model, prompts: list[list[int]], responses: list[list[int]], *,
@@ -535,14 +535,14 @@ def micro_batches(answers, micro_tokens):
     """Lists of at most micro_tokens tokens, padding included; one answer alone may have more.
     Answers of advantage 0 have no gradient and are left out."""
     batches, teaching = [], [answer for answer in answers if answer.advantage != 0]
-    # Lengths within a factor of 2 together, then prompts: little padding, few prompts to read.
+    # Sorted by length, to a power of 2, then by prompt: little padding, few prompts in a batch.
     teaching.sort(key=lambda a: (len(a.response).bit_length(), len(a.prompt), a.prompt))
     for answer in teaching:
         grown = [*batches[-1], answer] if batches else [answer]
         prompts = {tuple(a.prompt) for a in grown}  # each is read once
         tokens = len(prompts) * max(map(len, prompts))
         tokens += len(grown) * max(len(a.response) for a in grown)
-        if len(grown) > 1 and tokens <= micro_tokens:
+        if batches and tokens <= micro_tokens:
             batches[-1] = grown
         else:
             batches.append([answer])
@@ -567,9 +567,9 @@ class Policy:
                 attn_implementation="sdpa", output_loading_info=True)
             self.model.to(config.device).eval()  # eval: with dropout, no ratio would ever be 1
         self.tokenizer.chat_template = self.tokenizer.chat_template or PLAIN_TEMPLATE
-        end, stops = self.find_end(), self.model.generation_config.eos_token_id
+        end, stops = self.find_end(), self.model.generation_config.eos_token_id  # int, list or None
         require(end is not None, f"{self.name}: no end token; give its tokenizer an eos_token")
-        self.ends = [end, *(stops if isinstance(stops, list) else {stops} - {None})]  # token ids
+        self.ends = [end, *(stops if isinstance(stops, list) else {stops} - {None})]  # end first
         self.sampler = copy.deepcopy(self.model) if config.bf16 else self.model
         self.autocast = torch.autocast(self.model.device.type, torch.bfloat16, config.bf16 > 0)
         self.update_sampler()
@@ -579,7 +579,7 @@ class Policy:
         """The token that ends the assistant's turn in the chat template, else eos. They may differ:
         Qwen's base models have <|endoftext|> as eos, and end a turn with <|im_end|>."""
         chat = messages(Problem("1", "")) + [{"role": "assistant", "content": "ANSWER"}]
-        _, shown, end = self.apply_template(chat).rpartition("ANSWER")  # "" if it shows no answer
+        _, shown, end = self.apply_template(chat).rpartition("ANSWER")  # shown: "" if not found
         for token in self.tokenizer(end, add_special_tokens=False).input_ids:
             added = self.tokenizer.added_tokens_decoder.get(token)
             if shown and added and added.special and token != self.tokenizer.unk_token_id:
@@ -604,10 +604,10 @@ class Policy:
         return [token for token in ids[len(prompt):] if token not in self.ends] + self.ends[:1]
 
     def decode(self, response):
-        """What a response says: without its end token, with other special ones, such as <think>."""
+        """The text of a response: without its end token, with other special ones, as <think>."""
         tokens = self.ends[:1] + [token for token in response if token not in self.ends]
         text = self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-        return text.removeprefix(self.tokenizer.decode(self.ends[:1]))  # keeps a first space
+        return text.removeprefix(self.tokenizer.decode(self.ends[:1]))  # alone, loses a first space
 
     def update_sampler(self):
         """Gives the bf16 copy the present weights. Without one, sampler and model are the same."""
@@ -778,7 +778,7 @@ def make_base(config, folder):
     save_untrained(folder / "initial", seed_of(config.seed, "weights"))
     policy = Policy(replace(config, model=f"{folder}/initial"), embedded_problems(3, seed=0))
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.01)
-    for step in tqdm(range(config.warmup_steps), "base model", disable=None):
+    for step in tqdm(range(config.base_steps), "base model", disable=None):
         rng, answers = random.Random(seed_of(config.seed, "warm-up", step)), []
         for place, problem in enumerate(embedded_problems(32, seed=rng.getrandbits(48))):
             prompt = policy.encode_prompt(problem)
@@ -795,7 +795,7 @@ def make_base(config, folder):
         weights = torch.tensor([[answer.advantage] for answer in answers], device=mask.device)
         loss = -(weights * logprobs).sum() / mask.sum()  # supervised: minus the mean log-prob
         loss.backward()
-        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / config.warmup_steps)
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / config.base_steps)
         optimizer.step()
         optimizer.zero_grad()
     policy.save(folder / "policy")
@@ -809,7 +809,7 @@ def make_base(config, folder):
 #   UNIT: off if one side has none  \frac{√{2}{8}}{2}            √{2}{2}      6+0        6
 #   read: the value, after TO_DO    1.41421356237; one root      the same     one sum    none
 LONGEST, LAST_PART, BESIDE = 300, 20_000, 80  # characters: of an answer; searched; looked at beside
-MOST_DIGITS, LARGEST = 400, 1e15  # of a power; to a larger float, + 1 makes no change
+MOST_DIGITS, LARGEST = 400, 1e15  # of a power; of a float: above, it is too coarse to compare
 # Spellings of one thing: the rows of TIDY change answer, gold and question, one after the other
 LITERALS = dict(pair.split("→") for pair in r"""
     \dfrac→\frac \tfrac→\frac \cfrac→\frac ½→\frac12 ¾→\frac34 \sqrt→√ sqrt(→√( \pi→π \infty→∞ \in→=
@@ -998,8 +998,8 @@ MAY_CHANGE = """out model data eval_data pool device threads sample_rows micro_t
                 steps collect_k collect_temperature collect_top_p replays""".split()
 
 
-def open_folder(command, config, problems, used):
-    """Makes or reopens a run's folder; returns its summary, {} if unfinished. used: the names in
+def open_folder(command, config, problems, fixed):
+    """Makes or reopens a run's folder; returns its summary, {} if unfinished. fixed: names in
     MAY_CHANGE that this phase does use. Raises UserError if the folder is another run's."""
     out, pool = Path(config.out), Path(config.pool).read_bytes() if config.pool else b""
     weights = sorted(Path(config.model).glob("*.safetensors")) if config.model else []
@@ -1011,7 +1011,7 @@ def open_folder(command, config, problems, used):
     out.mkdir(parents=True, exist_ok=True)
     old = saved_row(out / "config.json")
     changed = [f"--{name}" if hasattr(config, name) else name for name, value in settings.items()
-               if value != old.get(name) and (name in used or name not in MAY_CHANGE)]
+               if value != old.get(name) and (name in fixed or name not in MAY_CHANGE)]
     files = {file.name for file in out.iterdir()} - {"config.json.partial"}
     begun = files > {"config.json"} or (files and set(old) != set(settings))
     require(not (begun and changed), f"{out}: had other {', '.join(changed)}; give another --out")

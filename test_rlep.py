@@ -41,7 +41,7 @@ torch.set_num_threads(1)
 HERE = Path(__file__).parent
 SOURCE = (HERE / "rlep.py").read_text()
 DEMO = [word for name, value in rlep.EMBEDDED.items() for word in (f"--{name}", f"{value}")]
-RUN = DEMO + ("--threads 1 --warmup_steps 60 --steps 6 --learning_rate 2e-3 --prompts_per_step 4 "
+RUN = DEMO + ("--threads 1 --base_steps 60 --steps 6 --learning_rate 2e-3 --prompts_per_step 4 "
               "--minibatch_prompts 2 --max_new_tokens 24 --save_every 2 --collect_temperature 2 "
               "--collect_top_p 1 --sample_rows 64").split()
 TRAIN = DEMO + ("--threads 1 --prompts_per_step 2 --minibatch_prompts 1 --group_size 8 --k 2 "
@@ -851,7 +851,7 @@ def test_what_the_base_is_taught(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: (
         found.append(loss.item()), backward(loss)))
     found = []
-    rlep.make_base(settings("", warmup_steps=20), tmp_path)
+    rlep.make_base(settings("", base_steps=20), tmp_path)
     assert found == pytest.approx([loss.item() for loss in expected]) and found[-1] < found[0] - 0.5
     assert sum(share for (begun, *_), share in taught.items() if begun) == 20 * 24
     for number, share in ((2, 1 / 8), (3, 1 / 32), (4, 1 / 128)):
@@ -1408,7 +1408,7 @@ def test_copying_a_function_out(name, given, options, policy):
 def test_readme_blocks(tmp_path, monkeypatch):
     """The README's Python runs as it stands; the script makes problems that can be read."""
     monkeypatch.chdir(tmp_path)
-    rlep.make_base(settings("", warmup_steps=1), Path("runs/run-seed0/vanilla"))
+    rlep.make_base(settings("", base_steps=1), Path("runs/run-seed0/vanilla"))
     [block] = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     exec(block, {})
     script("arithmetic").main()
