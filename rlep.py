@@ -1,7 +1,7 @@
 """RLEP, Reinforcement Learning with Experience rePlay (arXiv 2507.07451), in one file. MIT licence.
 A language model is trained by RL, and the answers it then gets right are collected. Training starts
 again from the same base model, with a few of those answers replayed beside its own at every step.
-rlep.py                           all of it on embedded problems: 2.5 minutes on two CPU cores
+rlep.py                           all of it on embedded problems: 3 minutes on two CPU cores
 rlep.py run --model A --data B    all of it on yours: we estimate an hour or two for 0.5B on a GPU
 rlep.py train [--pool FILE]       one arm: RLEP with a pool, vanilla RL without
 rlep.py collect --model POLICY    a policy's verified answers to the training questions
@@ -14,7 +14,7 @@ Not as in the authors' code (a fork of verl; they never published their collecti
     1. a question with fewer than M pool answers uses what it has; theirs adds empty ones scored -1
     2. a replay that is too long is left out; theirs is cut and loses its end token
     3. the token mean is over the whole mini-batch (Eq. 3: one group); theirs over a micro-batch
-    4. mini-batches count questions, 512 / 64 are 8; theirs answers, 512 * 18 / (64 * 16) are 9
+    4. mini-batches are of questions, 512 / 64 = 8; theirs of answers, 512 * 18 / (64 * 16) = 9
     5. a mini-batch without gradient makes no step; in theirs, momentum and weight decay go on
 Theirs too, but not the paper's: dual clip, unbiased std + 1e-6, old log-probs of replays.
 Letters: P prompts, G fresh and M replayed answers to each, n answers, t tokens, V vocabulary."""
