@@ -1243,7 +1243,9 @@ def test_ctrl_c(number, words, tmp_path):
     """It and SIGTERM end a program with one line that says how to go on, status 130."""
     command = [sys.executable, HERE / "rlep.py", *words(tmp_path / "run", "--steps", 400)]
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
+        process = subprocess.Popen(  # a shell's background jobs would ignore SIGINT
+            command, stdout=subprocess.DEVNULL, stderr=log,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while process.poll() is None and not (tmp_path / "run/checkpoint.pt").exists():
         time.sleep(0.01)
     process.send_signal(number)
