@@ -987,8 +987,8 @@ def check_model(policy, loading, problems, max_new_tokens):
         plain = model(ids, logits_to_keep=17).logits[0, :-1].log_softmax(-1)  # (16, V)
         chosen = plain[range(16), response]
         gap, error = (plain.amax(-1) - chosen).max(), (ours - chosen).abs().max()
-        require(gap < bound and error < 1e-3, f"{name}: cannot be trained here; try --bf16 0. "
-                f"Samples are {gap:.2g} below the best ones, their log-probs wrong by {error:.2g}")
+        require(gap < bound and error < 1e-3, f"{name}: cannot be trained here, or only with "
+                f"--bf16 0: samples {gap:.2g} below the best, log-probs wrong by {error:.2g}")
 
 
 # ---- Run folders ---------------------------------------------------------------------------------
